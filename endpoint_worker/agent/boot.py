@@ -1,0 +1,282 @@
+"""Building an agent from its order: folders and lock, workers' zygote, sockets, brains, record, and the loop that ties them.
+
+The order of the steps is what makes a start safe:
+
+    lock (nobody else is this endpoint) ─► sweep (what the dead left) ─► zygote (forked while we have one thread and no
+    sockets) ─► sockets ─► workers ─► record (now we can be found) ─► the answer on stdout
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import gc
+import json
+import logging
+import os
+import secrets
+import select
+import shutil
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+from endpoint_worker.agent.control import Control
+from endpoint_worker.agent.logs import log_to_stderr
+from endpoint_worker.agent.neighbours import KeyRing, Neighbours
+from endpoint_worker.agent.pool import Pool
+from endpoint_worker.agent.ports import StoreProvider, StoreSink
+from endpoint_worker.agent.start import MAX_LINE_BYTES, Order
+from endpoint_worker.config import EndpointConfig
+from endpoint_worker.journal import Journal
+from endpoint_worker.store import Store
+from endpoint_worker.store.sweep import sweep
+from endpoint_worker.worker.channel import AgentChannel
+from endpoint_worker.worker.zygote import Zygote
+from gcref import config as limits
+from gcref import ids
+from gcref.brains.dispatch import Dispatch
+from gcref.brains.peers import Peers
+from gcref.brains.peers_events import ENDPOINT, USER, Hello, Identity
+from gcref.brains.resolver import Resolver
+from gcref.carriers import keys
+from gcref.carriers.bulk import BulkIdentity, BulkThread
+from gcref.carriers.zeromq import ZeroMQCarrier
+from gcref.directory import records
+from gcref.directory.records import EndpointRecord
+from gcref.errors import ConfigError
+
+log = logging.getLogger("gcref.agent")
+
+EXTRA_WORKERS: Final = 4  # times the workers: processes that may exist beside them for lent slots
+GC_THRESHOLD: Final = 50_000  # our own tables have no cycles: collecting often only costs time
+
+
+class Agent:
+    """A running agent.
+
+    Args:
+        order: what to start.
+
+    Raises:
+        ConfigError: the configuration is wrong, the endpoint runs already, or a port is taken.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self._closing = ExitStack()
+        try:
+            self._build(order)
+        except BaseException:
+            self._closing.close()
+            raise
+
+    # ------------------------------------------------------------------------------------------------- building
+
+    def _build(self, order: Order) -> None:
+        table = dict(order.config)
+        if order.workers is not None:
+            table["workers"] = order.workers
+        settings = EndpointConfig.from_table(table)
+        ways = limits.carriers_allowed(order.carriers if order.carriers is not None else settings.carriers)
+        log_to_stderr(order.name, settings.log_level)
+        home = Path(order.home) if order.home is not None else None
+        folder = records.endpoint_dir(order.name, home) if home is not None else None
+        pair = keys.load_or_create(folder / "key") if folder is not None else keys.generate()
+
+        place = self._lock(order)
+        nonce = secrets.token_hex(16)
+        (place / "nonce").write_text(nonce, encoding="ascii")
+        zygote = self._zygote(order, place)
+        self._closing.callback(zygote.close)
+
+        allowed = KeyRing(folder / "authorized_keys" if folder is not None else None, home)
+        carrier = ZeroMQCarrier(pair, allowed)
+        self._closing.callback(carrier.close)
+        pool_channel = AgentChannel(f"ipc://{place}/workers.sock")
+        self._closing.callback(pool_channel.close)
+
+        store = Store(place / "segments", self._spill_folder(order, settings), settings.store_limit_bytes)
+        self._closing.callback(store.close)
+        resolver = Resolver(order.id, unknown_object_s=settings.unknown_object_s, lease_s=settings.lease_s)
+        now = time.monotonic()
+
+        control_ipc = carrier.listen(f"ipc://{place}/control.sock")
+        bulk_ipc = f"ipc://{place}/bulk.sock"
+        pool = Pool(
+            zygote,
+            pool_channel,
+            endpoint=order.name,
+            agent_id=order.id,
+            control_address=control_ipc,
+            bulk_address=bulk_ipc,
+            env=_worker_env(settings),
+            gpus=settings.gpus,
+        )
+        bulk = BulkThread(
+            BulkIdentity(order.id, ENDPOINT, pair),
+            StoreProvider(resolver, store, lambda party: pool.worker_of_party(party) is not None),
+            StoreSink(store),
+            wake=carrier.wake,
+            allowed=allowed,
+        )
+        bulk.start()
+        self._closing.callback(bulk.close)
+        bulk.listen(bulk_ipc)
+        control, bulks = [control_ipc] if "ipc" in ways else [], [bulk_ipc] if "ipc" in ways else []
+        if "direct" in ways and not order.private:
+            control += self._listen_tcp(carrier.listen, settings, settings.port)
+            bulks += self._listen_tcp(bulk.listen, settings, settings.bulk_port)
+
+        def authorize(key: bytes | None, hello: Hello) -> str | None:
+            if key is None:  # ipc: whoever can open the socket is this very user
+                return "worker" if pool.worker_of_party(hello.party) is not None else USER
+            return allowed.get(key)
+
+        journal = self._journal(order, settings)
+        if journal is not None:
+            self._closing.callback(journal.close)
+        epoch = time.time_ns() // 1000
+        identity = Identity(order.id, ENDPOINT, pair.public, epoch)
+        self.control = Control(
+            me=order.id,
+            name=order.name,
+            carrier=carrier,
+            peers=Peers(identity, authorize, now, heartbeat_s=settings.heartbeat_s),
+            resolver=resolver,
+            dispatch=Dispatch(settings.workers, max_extra=EXTRA_WORKERS * settings.workers, now=now),
+            pool=pool,
+            store=store,
+            bulk=bulk,
+            neighbours=Neighbours(home, ways),
+            journal=journal,
+            endpoint_lost_s=settings.endpoint_lost_s,
+            lease_s=settings.lease_s,
+        )
+        pool.spawn(settings.workers)
+        self.control.watch_workers(pool_channel.socket, zygote.fd)
+        if order.watch_stdin:
+            self.control.watch(0, self._stdin_ready)
+        self._answer = {
+            "ready": True,
+            "id": order.id.hex(),
+            "pid": os.getpid(),
+            "control": control_ipc,
+            "bulk": bulk_ipc,
+        }
+        if home is not None:
+            self._publish(order, pair, control, bulks, nonce, home)
+
+    def _lock(self, order: Order) -> Path:
+        """Be the only process of this endpoint on this machine, and clear away what dead ones left."""
+        sweep(limits.host_dir())
+        place = limits.host_dir(order.id)
+        descriptor = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise ConfigError(
+                f"endpoint {order.name!r} runs already on this machine; stop it with "
+                f"'endpoint-worker stop {order.name}', or choose another name",
+                key="name",
+                remedy=f"endpoint-worker stop {order.name}",
+            ) from None
+        self._closing.callback(_remove_place, place, descriptor)
+        return place
+
+    def _zygote(self, order: Order, place: Path) -> Zygote:
+        """Fork the zygote with the import path that tasks are to have."""
+        own = list(sys.path)
+        if order.sys_path:
+            sys.path[:] = order.sys_path + [entry for entry in own if entry not in order.sys_path]
+        try:
+            return Zygote.start(place / "workers", place / "workers")
+        finally:
+            sys.path[:] = own
+
+    def _spill_folder(self, order: Order, settings: EndpointConfig) -> Path:
+        folder = settings.spill_dir or limits.disk_dir(order.id)
+        return Path(folder) / "spill"
+
+    def _listen_tcp(self, listen: Any, settings: EndpointConfig, port: int) -> list[str]:
+        address = listen(f"tcp://{settings.bind}:{port or '*'}")
+        bound = address.rpartition(":")[2]
+        hosts = settings.advertise or (settings.bind,)
+        return [f"tcp://{host}:{bound}" for host in hosts]
+
+    def _journal(self, order: Order, settings: EndpointConfig) -> Journal | None:
+        if order.private or not settings.journal:
+            return None
+        path = limits.disk_dir(order.id) / "journal"
+        path.unlink(missing_ok=True)  # the graph of an earlier life is not taken up again
+        return Journal(path, fsync=settings.journal_fsync)
+
+    def _publish(
+        self, order: Order, pair: keys.KeyPair, control: list[str], bulk: list[str], nonce: str, home: Path
+    ) -> None:
+        before = records.read(order.name, home)
+        record = EndpointRecord(
+            id=order.id,
+            name=order.name,
+            public_key=pair.public.decode("ascii"),
+            control=tuple(control),
+            bulk=tuple(bulk),
+            host_nonce=nonce,
+            pid=os.getpid(),
+            started=time.time(),
+            running=True,
+            ephemeral=before.ephemeral if before is not None else order.watch_stdin,
+        )
+        records.write(record, home)
+        self._closing.callback(_withdraw, record, home)
+
+    # -------------------------------------------------------------------------------------------------- serving
+
+    def serve(self) -> int:
+        """Say that we are ready, and serve until we are told to stop."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: self.control.stop())
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(GC_THRESHOLD, 50, 100)
+        with self._closing:
+            sys.stdout.write(json.dumps(self._answer) + "\n")
+            sys.stdout.flush()
+            log.info("endpoint %s (%s) is ready", self.order.name, ids.text(self.order.id))
+            self.control.run()
+            log.info("endpoint %s stops", self.order.name)
+        return 0
+
+    def _stdin_ready(self, now: float) -> None:
+        """Whoever started us said stop, or is gone."""
+        if select.select([0], [], [], 0)[0]:
+            told = os.read(0, MAX_LINE_BYTES)
+            if not told or b'"stop"' in told:
+                self.control.stop()
+
+
+def _worker_env(settings: EndpointConfig) -> dict[str, str]:
+    env = dict(settings.worker_env)
+    if settings.omp_threads is not None:
+        env["OMP_NUM_THREADS"] = str(settings.omp_threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // settings.workers)))
+    return env
+
+
+def _remove_place(place: Path, lock: int) -> None:
+    """Remove the endpoint's folder in shared memory, then let the lock go."""
+    shutil.rmtree(place, ignore_errors=True)
+    os.close(lock)
+
+
+def _withdraw(record: EndpointRecord, home: Path) -> None:
+    """We cannot be found any more."""
+    if record.ephemeral:
+        records.remove(record.name, home)
+    else:
+        records.write(dataclasses.replace(record, running=False), home)

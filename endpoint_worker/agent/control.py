@@ -1,0 +1,643 @@
+"""The agent's control loop: one thread that owns the sockets and drives the brains.
+
+    carrier.poll ─► Peers (sessions) ─► Resolver ─► Dispatch ─► worker channel
+         ▲              │                  │  ▲                      │
+         └── Transmit ◄─┴──── Notify ◄─────┘  └──── Finished ◄───────┘
+                                           └─ Pull ─► bulk thread ─► Pulled
+
+Each turn of the loop waits once, takes everything that is ready, lets the brains decide, and flushes once: one packet per
+peer, one write to the journal. Nothing in it waits for a party or a disk; bytes of large objects go through the bulk
+thread. What a brain says is obeyed by the table in `_obey`; the loop itself decides nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from endpoint_worker import journal as journals
+from endpoint_worker.agent import inbox
+from endpoint_worker.agent.functions import Functions
+from endpoint_worker.agent.neighbours import Neighbours
+from endpoint_worker.agent.pool import Message, Pool
+from endpoint_worker.store import Store
+from endpoint_worker.worker import channel
+from endpoint_worker.worker.zygote import Exited, Spawned
+from gcref import ids
+from gcref.brains import dispatch_events as dp
+from gcref.brains import peers_events as pe
+from gcref.brains import resolver_events as ev
+from gcref.brains.dispatch import Dispatch
+from gcref.brains.peers import Peers
+from gcref.brains.resolver import Resolver
+from gcref.brains.tasks import DISPATCHED, DONE, WAITING, Obj, Task
+from gcref.carriers import bulk as bk
+from gcref.carriers.base import Carrier, FdReady
+from gcref.errors import LostReason, StoreFullError
+from gcref.objects import failure as failures
+from gcref.wire import codec
+from gcref.wire import messages as m
+
+log = logging.getLogger("gcref.agent")
+
+OUTCOME_ITEMS_MAX: Final = 256  # in one message: 256 inline values of 100 KiB stay below the message limit
+
+
+class Control:
+    """The agent's parts, wired together; `run` is the loop.
+
+    Args:
+        me: the endpoint's id.
+        name: its name, for records and errors.
+        carrier: the sockets of the control messages.
+        peers: the sessions.
+        resolver, dispatch: the brains of the graph and of the workers.
+        pool: the workers.
+        store: the bytes.
+        bulk: the thread that moves bytes.
+        neighbours: finds other endpoints.
+        journal: where events are logged before they count, or None.
+        endpoint_lost_s: how long another endpoint may be away before it is given up, seconds.
+        lease_s: how long an absent client keeps its pins, seconds.
+        status: more facts for STATUS.
+    """
+
+    def __init__(
+        self,
+        *,
+        me: bytes,
+        name: str,
+        carrier: Carrier,
+        peers: Peers,
+        resolver: Resolver,
+        dispatch: Dispatch,
+        pool: Pool,
+        store: Store,
+        bulk: bk.BulkThread,
+        neighbours: Neighbours,
+        journal: journals.Journal | None,
+        endpoint_lost_s: float,
+        lease_s: float,
+    ) -> None:
+        self.me = me
+        self.name = name
+        self._carrier = carrier
+        self._peers = peers
+        self._resolver = resolver
+        self._dispatch = dispatch
+        self._pool = pool
+        self._store = store
+        self._bulk = bulk
+        self._neighbours = neighbours
+        self._journal = journal
+        self._endpoint_lost_s = endpoint_lost_s
+        self._lease_s = lease_s
+        self._functions = Functions()
+        self._stopping = False
+        self._started = time.time()
+        self._absent: dict[bytes, tuple[float, str]] = {}  # party: when it is given up, its kind
+        self._cancels: dict[bytes, list[bytes]] = {}  # id: parties that wait for the answer
+        self._forced: set[bytes] = set()  # cancels that may kill
+        self._killed: dict[int, list[Any]] = {}  # workers that we kill, and what their task is told
+        self._refused = 0
+        self._fds: dict[Any, Callable[[float], None]] = {}
+        self._table: dict[type, Callable[[Any, float], None]] = {
+            # sessions
+            pe.Transmit: lambda i, now: self._transmit(i),
+            pe.Deliver: self._deliver,
+            pe.Dial: lambda i, now: carrier.dial(i.link, i.address, i.server_key),
+            pe.Hangup: lambda i, now: carrier.hangup(i.link),
+            pe.PeerUp: self._peer_up,
+            pe.PeerDown: self._peer_down,
+            pe.PeerReset: self._peer_reset,
+            pe.AuthRefused: lambda i, now: self._give_up(i.party, "AuthError", i.message, now),
+            pe.Mismatch: lambda i, now: self._give_up(i.party, "VersionMismatchError", i.message, now),
+            pe.Rejected: lambda i, now: log.warning("dropped what came on a link: %s", i.reason),
+            # the graph
+            ev.Runnable: lambda i, now: self._obey(self._dispatch.handle(dp.Ready(i.tasks, now)), now),
+            ev.Withdraw: lambda i, now: self._obey(self._dispatch.handle(dp.Withdraw(i.tasks, now)), now),
+            ev.Notify: lambda i, now: self._notify(i.party, i.items),
+            ev.Subscribe: lambda i, now: self._to_home(i.home, [m.SUBSCRIBE, i.home, i.items], now),
+            ev.Unsubscribe: lambda i, now: self._to_home(i.home, [m.UNSUBSCRIBE, b"".join(i.ids)], now),
+            ev.Forget: lambda i, now: self._peers.send(i.party, [m.FORGET, b"".join(i.ids)]),
+            ev.Relay: self._relay,
+            ev.NeedFunctions: lambda i, now: self._peers.send(i.party, [m.NEED_FUNCTION, i.digests]),
+            ev.Tasks: lambda i, now: self._peers.send(i.party, [m.TASKS, i.group, i.secret, i.tasks]),
+            ev.Pull: self._pull,
+            ev.CancelPull: lambda i, now: self._bulk.cancel(i.id),
+            ev.Idle: lambda i, now: self._store.set_cache(i.ids, True),
+            ev.Needed: lambda i, now: self._store.set_cache(i.ids, False),
+            ev.Free: lambda i, now: self._store.free(i.ids),
+            ev.Discard: lambda i, now: self._store.discard(i.paths),
+            ev.Stored: lambda i, now: self._stored(i),
+            # the workers
+            dp.Assign: self._assign,
+            dp.Grant: lambda i, now: pool.grant(i.worker, i.lease_until, i.revoked),
+            dp.Slot: lambda i, now: pool.slot(i.worker, None),
+            dp.Deadlocked: self._deadlocked,
+            dp.Cancelled: self._dispatch_cancelled,
+            dp.NotCancelled: self._dispatch_not_cancelled,
+            dp.Spawn: lambda i, now: pool.spawn(i.workers),
+            dp.Retire: lambda i, now: pool.retire(i.worker),
+            dp.Started: self._tasks_started,
+            dp.Lost: lambda i, now: None,  # told with the worker's exit: see _worker_exited
+            dp.Overran: self._overran,
+        }
+
+    # ------------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        carrier, peers = self._carrier, self._peers
+        fds = list(self._fds)
+        while not self._stopping:
+            events = carrier.poll(self._wait_s(), fds)
+            now = time.monotonic()
+            for event in events:
+                if isinstance(event, FdReady):
+                    self._fds[event.fd](now)
+                else:
+                    self._obey(peers.handle(event), now)
+            if self._bulk.completions:
+                self._bulk_done(now)
+            self._due(now)
+            if self._journal is not None:
+                self._journal.commit()
+            self._obey(peers.flush(now), now)
+
+    def watch_workers(self, channel_socket: Any, zygote_fd: int) -> None:
+        """Listen to the workers and to the process that makes them; before `run`."""
+        self.watch(channel_socket, self._worker_messages)
+        self.watch(zygote_fd, self._worker_processes)
+
+    def _worker_messages(self, now: float) -> None:
+        for message in self._pool.receive():
+            self._worker_message(message, now)
+
+    def watch(self, fd: Any, ready: Callable[[float], None]) -> None:
+        """Call `ready(now)` in the loop whenever `fd` (a descriptor or a socket) can be read; before `run`."""
+        self._fds[fd] = ready
+
+    def stop(self) -> None:
+        """End the loop; from any thread or signal handler."""
+        self._stopping = True
+        self._carrier.wake()
+
+    def _wait_s(self) -> float | None:
+        deadlines = [
+            d
+            for d in (
+                self._peers.deadline,
+                self._resolver.deadline,
+                self._dispatch.deadline,
+                self._store.deadline,
+            )
+            if d is not None
+        ]
+        if self._absent:
+            deadlines.append(min(until for until, _kind in self._absent.values()))
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _due(self, now: float) -> None:
+        """Tell each brain whose deadline has come."""
+        if (at := self._dispatch.deadline) is not None and at <= now:
+            self._obey(self._dispatch.handle(dp.Tick(self._pool.progress(), now)), now)
+        if (at := self._peers.deadline) is not None and at <= now:
+            self._obey(self._peers.handle(pe.Tick(now)), now)
+        if (at := self._resolver.deadline) is not None and at <= now:
+            self._obey(self._resolver.handle(ev.Tick(now)), now)
+        if (at := self._store.deadline) is not None and at <= now:
+            self._store.tick(now)
+        for party in [p for p, (until, _kind) in self._absent.items() if until <= now]:
+            _until, kind = self._absent.pop(party)
+            if kind == "endpoint":
+                self._lose_home(
+                    party, LostReason.HOME_LOST.value, f"endpoint {ids.text(party)} is out of reach", now
+                )
+            self._obey(self._resolver.handle(ev.PartyGone(party)), now)
+
+    def _obey(self, instructions: list[Any], now: float) -> None:
+        table = self._table
+        for instruction in instructions:
+            table[instruction.__class__](instruction, now)
+
+    # ------------------------------------------------------------------------------------------------- sessions
+
+    def _transmit(self, instruction: pe.Transmit) -> None:
+        self._carrier.send(instruction.link, instruction.frame)
+
+    def _deliver(self, delivered: pe.Deliver, now: float) -> None:
+        who = ev.Who(delivered.party, delivered.role, delivered.owner_key, delivered.kind)
+        if self._journal is not None:
+            self._journal.append(journals.PACKET, delivered.party, delivered.raw_frame)
+        unix = time.time()
+        carrier = delivered.carrier
+        for message in delivered.messages:
+            kind = message[0]
+            try:
+                if not inbox.allowed(kind, who):
+                    self._refuse(kind, who)
+                    continue
+                event = inbox.event_of(message, who, carrier, now, unix)
+                if event is not None:
+                    self._obey(self._resolver.handle(event), now)
+                else:
+                    self._other_message(kind, message, who, now)
+            except (ValueError, TypeError, IndexError, KeyError, AttributeError):
+                log.exception("a message of kind %s from %s was not understood", kind, ids.text(who.party))
+
+    def _refuse(self, kind: int, who: ev.Who) -> None:
+        self._refused += 1
+        if self._refused <= 10:
+            log.warning(
+                "refused: message kind %s from %s, whose role is %s", kind, ids.text(who.party), who.role
+            )
+
+    def _other_message(self, kind: int, message: list[Any], who: ev.Who, now: float) -> None:
+        if kind == m.FUNCTION:
+            if self._functions.add(message[1], message[2]):
+                self._obey(self._resolver.handle(ev.FunctionsKnown([message[1]])), now)
+            else:
+                log.warning("function bytes from %s do not have their digest", ids.text(who.party))
+        elif kind == m.NEED_FUNCTION:
+            for digest in message[1]:
+                if (code := self._functions.get(digest)) is not None:
+                    self._peers.send(who.party, [m.FUNCTION, digest, code])
+        elif kind == m.CANCEL:
+            self._cancel(inbox.split_ids(message[1]), message[2], who, now)
+        elif kind == m.CANCELLED:
+            for id, gone in zip(inbox.split_ids(message[1]), message[2], strict=False):
+                self._cancel_answered(id, bool(gone))
+        elif kind == m.STARTED:
+            for item in message[1]:
+                obj = self._resolver.objects.get(item[0])
+                for party in obj.pins if obj is not None and obj.home == who.party else ():
+                    self._peers.send(party, [m.STARTED, [item]])
+        elif kind == m.EXPLAIN:
+            told = [self._resolver.describe(id) for id in message[2]]
+            self._peers.send(who.party, [m.EXPLAINED, message[1], told])
+        elif kind == m.STATUS:
+            self._peers.send(who.party, [m.STATUS_IS, message[1], self.describe()])
+
+    def _peer_up(self, up: pe.PeerUp, now: float) -> None:
+        self._absent.pop(up.party, None)
+
+    def _peer_down(self, down: pe.PeerDown, now: float) -> None:
+        if self._pool.worker_of_party(down.party) is not None:
+            return  # its process tells
+        record = self._neighbours.known(down.party)
+        if record:
+            self._absent.setdefault(down.party, (now + self._endpoint_lost_s, "endpoint"))
+        else:
+            self._absent.setdefault(down.party, (now + self._lease_s, "client"))
+
+    def _peer_reset(self, reset: pe.PeerReset, now: float) -> None:
+        text = f"endpoint {ids.text(reset.party)} started anew and has lost what it knew"
+        self._functions.forget_sent(reset.party)
+        self._lose_home(reset.party, LostReason.HOME_LOST.value, text, now)
+        self._obey(self._resolver.handle(ev.PartyGone(reset.party)), now)
+
+    def _lose_home(self, home: bytes, reason: str, text: str, now: float) -> None:
+        self._obey(
+            self._resolver.handle(ev.HomeLost(home, failures.make("EndpointLostError", text, reason=reason))),
+            now,
+        )
+
+    def _give_up(self, party: bytes | None, kind: str, text: str, now: float) -> None:
+        log.warning("%s: %s", kind, text)
+        if party is not None:
+            self._obey(self._resolver.handle(ev.HomeLost(party, failures.make(kind, text))), now)
+
+    def _to_home(self, home: bytes, message: list[Any], now: float) -> None:
+        """Send to another endpoint; find it first, when it is new to us."""
+        if not self._neighbours.known(home):
+            found = self._neighbours.find(home)
+            if found is None:
+                text = f"endpoint {ids.text(home)} is not known at {self.name}: its record is not in GCREF_HOME there"
+                failure = failures.make("NotFoundError", text)
+                self._obey(self._resolver.handle(ev.HomeLost(home, failure)), now)
+                return
+            self._obey(self._peers.handle(pe.Know(home, found.control, now)), now)
+            for carrier, address, key in found.bulk:
+                self._bulk.connect(home, address, key, carrier, "user")
+            self._absent.setdefault(home, (now + self._endpoint_lost_s, "endpoint"))
+        self._peers.send(home, message)
+
+    def _relay(self, relay: ev.Relay, now: float) -> None:
+        message = relay.message
+        if message[0] == m.SUBMIT:
+            for digest in message[5]:
+                if (code := self._functions.to_send(relay.home, digest)) is not None:
+                    self._to_home(relay.home, [m.FUNCTION, digest, code], now)
+        self._to_home(relay.home, message, now)
+
+    def _notify(self, party: bytes, items: list[Any]) -> None:
+        for at in range(0, len(items), OUTCOME_ITEMS_MAX):
+            self._peers.send(party, [m.OUTCOME, items[at : at + OUTCOME_ITEMS_MAX]])
+
+    # --------------------------------------------------------------------------------------------------- bytes
+
+    def _pull(self, pull: ev.Pull, now: float) -> None:
+        obj, source = pull.obj, pull.source
+        if source == obj.home:
+            token, mode = (obj.extra.token if obj.extra is not None else b"") or None, m.MODE_PATH
+            attempt = obj.attempt
+        else:
+            token, mode, attempt = self._resolver.token_of(obj), m.MODE_INTO, 1
+        self._bulk.pull(obj.id, attempt, obj.size, source, token, mode)
+
+    def _bulk_done(self, now: float) -> None:
+        pulled: list[tuple[bytes, int, str, int]] = []
+        for done in self._bulk.take():
+            if isinstance(done, bk.Pulled):
+                carrier, moved = max(done.carriers.items(), key=lambda way: way[1], default=("ipc", 0))
+                pulled.append((done.id, done.attempt, carrier, moved))
+            else:
+                log.warning("pull of %s failed: %s %s", ids.text(done.id), done.reason, done.message)
+                self._obey(self._resolver.handle(ev.PullFailed(done.id, _pull_failure(done))), now)
+        if pulled:
+            self._obey(self._resolver.handle(ev.Pulled(pulled)), now)
+        self._forget_evicted()
+
+    def _stored(self, stored: ev.Stored) -> None:
+        for id, attempt, path, size in stored.items:
+            self._store.seal(id, attempt, path, size)
+
+    # ------------------------------------------------------------------------------------------------- workers
+
+    def _assign(self, assign: dp.Assign, now: float) -> None:
+        worker, pool = assign.worker, self._pool
+        entries: list[tuple[Any, ...]] = []
+        missing: list[tuple[Task, Obj]] = []
+        for task in assign.tasks:
+            if task.fn is not None and not pool.has_function(worker, task.fn):
+                pool.send_function(worker, task.fn, self._functions.get(task.fn) or b"")
+            args = deps = None
+            try:
+                if task.args is not None:
+                    args = self._place(worker, task.args)
+                if task.deps:
+                    deps = [self._location(worker, dep) for dep in task.deps]
+            except _Gone as gone:
+                missing.append((task, gone.obj))
+                continue
+            flags = channel.KEEP if task.waiters else 0
+            group = task.group.id if task.group is not None else b""
+            walltime_s = task.options.walltime_s
+            entries.append(
+                (
+                    task.seq,
+                    task.id,
+                    task.attempt,
+                    task.fn,
+                    task.payload,
+                    args,
+                    deps or (),
+                    flags,
+                    group,
+                    walltime_s,
+                )
+            )
+        if entries and not pool.send_tasks(worker, assign.lease_until, entries):
+            # It died a moment ago, and its exit will bring the tasks back. The places it was to map were never seen.
+            self._store.ungrant(worker, [place[0] for entry in entries for place in _places(entry)])
+        for task, obj in missing:
+            self._obey(self._dispatch.handle(dp.Withdraw([task], now)), now)
+            self._obey(self._resolver.handle(ev.ArgumentGone(task, obj)), now)
+
+    def _location(self, worker: int, dep: Obj) -> Any:
+        """Where a worker finds an argument: the blob itself, a path to map, or its own earlier result."""
+        end = self._resolver.resolve(dep)
+        if end.value is not None:
+            return end.value
+        if end.state < DONE and end.home == self.me:
+            return [end.id]
+        return self._place(worker, end)
+
+    def _place(self, worker: int, obj: Obj) -> list[Any]:
+        try:
+            return self._store.map_for(worker, obj.id)
+        except (LookupError, OSError) as error:
+            raise _Gone(obj) from error
+
+    def _worker_message(self, message: Message, now: float) -> None:
+        """Take one message of a worker."""
+        worker, body = message.worker, message.body
+        kind = body[0]
+        if kind == channel.DONE:
+            self._worker_done(worker, body[1], body[2], message.raw, now)
+        elif kind == channel.ASK:
+            self._obey(self._dispatch.handle(dp.Asked(worker, body[1], now)), now)
+        elif kind == channel.ALLOC:
+            self._allocate(worker, body[1], body[2])
+        elif kind == channel.READY:
+            self._obey(self._dispatch.handle(dp.WorkerUp(worker, now)), now)
+        elif kind == channel.GIVE_BACK:
+            self._obey(self._dispatch.handle(dp.GaveBack(worker, body[1], now)), now)
+        elif kind in (channel.BLOCKED, channel.RESUME):
+            self._lend(worker, kind, body[1], now)
+
+    def _lend(self, worker: int, kind: int, id: bytes, now: float) -> None:
+        task = self._resolver.objects.get(id)
+        if not isinstance(task, Task) or task.worker != worker:
+            self._pool.slot(
+                worker, None
+            )  # it has ended for us (cancelled by force): its process is about to end too
+        elif kind == channel.RESUME:
+            self._obey(self._dispatch.handle(dp.Resume(worker, task, now)), now)
+        else:
+            told = self._dispatch.handle(dp.Blocked(worker, task, now))
+            if not any(instruction.__class__ is dp.Deadlocked for instruction in told):
+                self._pool.slot(worker, None)
+            self._obey(told, now)
+
+    def _worker_done(
+        self, worker: int, results: list[Any], unmapped: list[str], raw: bytes, now: float
+    ) -> None:
+        if unmapped:
+            self._store.unmapped(worker, unmapped)
+        if not results:
+            return
+        if self._journal is not None:
+            self._journal.append(journals.RESULTS, raw)
+        told = self._resolver.handle(ev.Finished(self._pool.name_of(worker), results))
+        self._obey(self._dispatch.handle(dp.Finished(worker, results, now)), now)
+        self._obey(told, now)
+
+    def _allocate(self, worker: int, size: int, failed: str | None) -> None:
+        try:
+            path, capacity, warm = self._store.allocate(size, worker, failed)
+        except StoreFullError as error:
+            self._pool.no_segment(worker, failures.make("StoreFullError", str(error)))
+        else:
+            self._pool.segment(worker, path, capacity, warm)
+        self._forget_evicted()
+
+    def _forget_evicted(self) -> None:
+        if evicted := self._store.evicted():
+            self._obey(self._resolver.handle(ev.Evicted(evicted)), time.monotonic())
+
+    def _worker_processes(self, now: float) -> None:
+        """The zygote has news: processes that started or ended."""
+        for news in self._pool.zygote.read():
+            if isinstance(news, Spawned):
+                self._pool.started(news.worker, news.pid)
+            else:
+                self._worker_exited(news, now)
+
+    def _worker_exited(self, exited: Exited, now: float) -> None:
+        """A worker's process is gone: its task lost an attempt, the rest of its queue goes elsewhere."""
+        worker = exited.worker
+        if exited.results and self._dispatch.is_up(worker):
+            self._worker_done(worker, exited.results, [], codec.pack([channel.DONE, exited.results, []]), now)
+        self._store.worker_gone(worker)
+        party = self._pool.gone(exited)
+        failure = self._killed.pop(worker, None) or _worker_lost(exited)
+        for instruction in self._dispatch.handle(dp.WorkerDown(worker, exited.progress, now)):
+            if instruction.__class__ is dp.Lost:
+                log.warning("worker %s is lost: %s", self._pool.name_of(worker), failure[1])
+                self._obey(self._resolver.handle(ev.Ended(instruction.tasks, failure, True)), now)
+            else:
+                self._obey([instruction], now)
+        self._obey(self._resolver.handle(ev.PartyGone(party)), now)
+
+    def _tasks_started(self, started: dp.Started, now: float) -> None:
+        unix = time.time()
+        for task, since in zip(started.tasks, started.since, strict=True):
+            for party in task.pins:
+                self._peers.send(party, [m.STARTED, [[task.id, task.attempt, unix - (now - since)]]])
+
+    def _overran(self, overran: dp.Overran, now: float) -> None:
+        task = overran.task
+        text = f"the task ran for longer than its walltime_s of {task.options.walltime_s:g} s"
+        failure = failures.make("WalltimeExceededError", text)
+        self._killed[overran.worker] = failure
+        self._obey(self._resolver.handle(ev.Ended([task], failure, False)), now)
+        self._pool.kill(overran.worker)
+
+    def _deadlocked(self, deadlocked: dp.Deadlocked, now: float) -> None:
+        text = (
+            "too many tasks of this endpoint wait for other tasks; return the future instead of waiting for it "
+            "(a tail call), or give the endpoint more workers"
+        )
+        self._pool.slot(deadlocked.worker, failures.make("DeadlockError", text))
+
+    # -------------------------------------------------------------------------------------------------- cancel
+
+    def _cancel(self, wanted: list[bytes], force: bool, who: ev.Who, now: float) -> None:
+        for id in wanted:
+            obj = self._resolver.objects.get(id)
+            if obj is None or obj.state >= DONE or not self._resolver.may_read(obj, who, None):
+                self._peers.send(who.party, [m.CANCELLED, id, [False]])
+                continue
+            self._cancels.setdefault(id, []).append(who.party)
+            if obj.home != self.me:
+                self._to_home(obj.home, [m.CANCEL, id, force], now)
+            elif not isinstance(obj, Task):
+                self._cancel_answered(id, False)
+            elif obj.state == WAITING:
+                if obj.missing and obj.extra is not None and obj.extra.target is not None:
+                    self._cancel_answered(id, False)  # it ran, and its result is another task's
+                else:
+                    self._obey(self._resolver.handle(ev.Cancelled([obj])), now)
+                    self._cancel_answered(id, True)
+            elif force and self._dispatch.is_running(obj):
+                self._cancel_by_force(obj, now)
+            else:
+                if force:
+                    self._forced.add(id)
+                self._obey(self._dispatch.handle(dp.Cancel([obj], now)), now)
+
+    def _dispatch_cancelled(self, cancelled: dp.Cancelled, now: float) -> None:
+        self._obey(self._resolver.handle(ev.Cancelled(cancelled.tasks)), now)
+        for task in cancelled.tasks:
+            self._forced.discard(task.id)
+            self._cancel_answered(task.id, True)
+
+    def _dispatch_not_cancelled(self, kept: dp.NotCancelled, now: float) -> None:
+        for task in kept.tasks:
+            if task.id in self._forced and task.state == DISPATCHED and task.worker is not None:
+                self._cancel_by_force(task, now)
+            else:
+                self._cancel_answered(task.id, False)
+            self._forced.discard(task.id)
+
+    def _cancel_by_force(self, task: Task, now: float) -> None:
+        worker = task.worker
+        self._obey(self._dispatch.handle(dp.Withdraw([task], now)), now)
+        self._obey(self._resolver.handle(ev.Cancelled([task])), now)
+        self._cancel_answered(task.id, True)
+        if worker is not None:
+            self._pool.kill(worker)
+
+    def _cancel_answered(self, id: bytes, gone: bool) -> None:
+        for party in self._cancels.pop(id, ()):
+            self._peers.send(party, [m.CANCELLED, id, [gone]])
+
+    # -------------------------------------------------------------------------------------------------- status
+
+    def describe(self) -> dict[str, Any]:
+        """What `endpoint-worker status` shows; plain values only."""
+        resolver = self._resolver
+        return {
+            "name": self.name,
+            "started_unix_s": self._started,
+            "tasks": dict(resolver.counts),
+            "objects": len(resolver.objects),
+            "workers": self._pool.describe(),
+            "dispatch": self._dispatch.describe(),
+            "store": self._store.stats(),
+            "links": {ids.text(party): self._peers.describe(party) for party in self._peers.parties()},
+            "journal_bytes": self._journal.size_bytes if self._journal is not None else 0,
+            "refused_messages": self._refused,
+        }
+
+
+class _Gone(Exception):  # noqa: N818 - it never leaves this module
+    """The bytes of an argument are not in the store."""
+
+    def __init__(self, obj: Obj) -> None:
+        super().__init__()
+        self.obj = obj
+
+
+def _places(entry: tuple[Any, ...]) -> list[list[Any]]:
+    """The places that an entry lets its worker map."""
+    args, deps = entry[5], entry[6]
+    found = [] if args is None else [args]
+    return found + [dep for dep in deps if isinstance(dep, list) and len(dep) > 1]
+
+
+def _worker_lost(exited: Exited) -> list[Any]:
+    """What the task is told that a dead worker was running."""
+    if exited.signal is not None:
+        how = f"was killed by {signal.Signals(exited.signal).name}"
+    else:
+        how = f"exited with code {exited.exit_code}"
+    text = f"the worker process {how} while it ran this task"
+    if exited.stderr:
+        text += f"; its last lines on stderr:\n{exited.stderr}"
+    return failures.make(
+        "WorkerLostError", text, signal=exited.signal, exit_code=exited.exit_code, stderr=exited.stderr
+    )
+
+
+def _pull_failure(done: bk.PullFailed) -> list[Any]:
+    """What the tasks are told that needed these bytes."""
+    if done.reason == "refused":
+        return failures.make("AuthError", f"the bytes of an argument were refused: {done.message}")
+    if done.reason == "store":
+        return failures.make(
+            "StoreFullError", f"an argument does not fit into this endpoint's store: {done.message}"
+        )
+    reason = {
+        "corrupt": LostReason.CORRUPT,
+        "timeout": LostReason.TIMEOUT,
+        "unreachable": LostReason.HOME_LOST,
+    }.get(done.reason, LostReason.BYTES_LOST)
+    return failures.make(
+        "ObjectLostError", f"the bytes of an argument are lost: {done.message}", reason=reason.value
+    )

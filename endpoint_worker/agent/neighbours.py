@@ -1,0 +1,104 @@
+"""Who else there is: the records of other endpoints, and whose keys may come in.
+
+Both are read from `GCREF_HOME`, which other processes write while we run: an endpoint that started after us, a key that was
+added or removed. So an unknown key, and a known one now and then, makes us look again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from gcref.carriers import keys
+from gcref.directory import records
+from gcref.directory.records import Candidate
+from gcref.errors import ConfigError
+
+LOOK_AGAIN_S: Final = 1.0  # known keys are looked up again after this: a revoked one acts so soon
+MISSED_S: Final = 0.01  # the shortest time between two looks for unknown keys: strangers must not keep the disk busy
+
+
+class Found(NamedTuple):
+    """How to reach an endpoint: candidates for its control and its bulk socket."""
+
+    control: list[Candidate]
+    bulk: list[Candidate]
+
+
+class Neighbours:
+    """Finds other endpoints in the directory of `GCREF_HOME`.
+
+    Args:
+        home: the folder, or None when this endpoint is private and knows nobody.
+        carriers: the ways this endpoint may use.
+    """
+
+    def __init__(self, home: Path | None, carriers: frozenset[str]) -> None:
+        self._home = home
+        self._carriers = carriers
+        self._known: set[bytes] = set()
+
+    def known(self, endpoint: bytes) -> bool:
+        """Whether it was found before."""
+        return endpoint in self._known
+
+    def find(self, endpoint: bytes) -> Found | None:
+        """Look it up; None when there is no record of it."""
+        record = records.find(endpoint, self._home) if self._home is not None else None
+        if record is None:
+            return None
+        self._known.add(endpoint)
+        return Found(record.candidates(self._carriers), record.bulk_candidates(self._carriers))
+
+
+class KeyRing(Mapping[bytes, str]):
+    """Which owner keys may come in, and as what ("user" or "peer"): always the current state of the files.
+
+    These are: the endpoint's `authorized_keys`, the user key of its `GCREF_HOME` (user), and the keys of the endpoints
+    whose records lie there (user: they belong to the same owner, on the same disk).
+
+    Args:
+        authorized: the endpoint's `authorized_keys`; it need not exist.
+        home: its `GCREF_HOME`, or None for a private endpoint, which lets nobody in over TCP.
+    """
+
+    def __init__(self, authorized: Path | None, home: Path | None) -> None:
+        self._authorized = authorized
+        self._home = home
+        self._keys: dict[bytes, str] = {}
+        self._looked = float("-inf")
+        self._look(0.0)
+
+    def _look(self, after_s: float) -> None:
+        now = time.monotonic()
+        if now - self._looked < after_s:
+            return
+        found: dict[bytes, str] = {}
+        if self._home is not None:
+            for record in records.list_records(self._home):
+                found[record.public_key.encode()] = "user"
+            user = keys.public_of(self._home / "keys" / "user.key")
+            if user is not None:
+                found[user] = "user"
+        if self._authorized is not None and self._authorized.exists():
+            try:
+                found.update(keys.read_authorized(self._authorized))
+            except ConfigError:
+                # Somebody is in the middle of editing it: those who were let in stay, nobody is added.
+                found.update({key: role for key, role in self._keys.items() if key not in found})
+        self._keys = found
+        self._looked = now
+
+    def __getitem__(self, key: bytes) -> str:
+        self._look(LOOK_AGAIN_S)
+        if key not in self._keys:
+            self._look(MISSED_S)
+        return self._keys[key]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)

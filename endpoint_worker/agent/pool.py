@@ -1,0 +1,170 @@
+"""The workers of an endpoint, as the control loop sees them: numbers, processes, channels, known functions.
+
+Who runs what is decided by the dispatch brain; here its decisions become messages and processes. A worker's number is
+never used again, so a late message of a dead worker can only be about itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from endpoint_worker.worker import channel
+from endpoint_worker.worker.channel import AgentChannel
+from endpoint_worker.worker.zygote import Exited, WorkerConfig, Zygote
+from gcref import ids
+
+
+class Message(NamedTuple):
+    """A message of a worker: its array, and the frame that it came in."""
+
+    worker: int
+    body: list[Any]
+    raw: bytes
+
+
+class Pool:
+    """Starts and ends workers, and speaks with them.
+
+    Args:
+        zygote: makes the processes.
+        channel: the agent's end of the worker channel.
+        endpoint: the endpoint's name, for the workers' names and error notes.
+        agent_id: the endpoint's id.
+        control_address, bulk_address: where the SDK inside tasks finds the agent.
+        env: environment variables of every worker.
+        gpus: devices, dealt out in turn; empty leaves their visibility alone.
+    """
+
+    def __init__(
+        self,
+        zygote: Zygote,
+        channel_: AgentChannel,
+        *,
+        endpoint: str,
+        agent_id: bytes,
+        control_address: str,
+        bulk_address: str,
+        env: Mapping[str, str],
+        gpus: tuple[str, ...] = (),
+    ) -> None:
+        self.zygote = zygote
+        self.channel = channel_
+        self._endpoint = endpoint
+        self._agent_id = agent_id
+        self._control_address = control_address
+        self._bulk_address = bulk_address
+        self._env = dict(env)
+        self._gpus = gpus
+        self._next = 1
+        self._pids: dict[int, int] = {}
+        self._parties: dict[int, bytes] = {}
+        self._workers_of: dict[bytes, int] = {}
+        self._functions: dict[int, set[bytes]] = {}
+        self.sent = (
+            False  # something was sent since the last `receive`: the socket's descriptor may stay silent
+        )
+
+    # ---------------------------------------------------------------------------------------------- processes
+
+    def spawn(self, count: int) -> None:
+        """Start so many new workers; each says READY when it is up."""
+        for _ in range(count):
+            worker, self._next = self._next, self._next + 1
+            party = ids.new_id()
+            env = dict(self._env)
+            if self._gpus:
+                device = self._gpus[(worker - 1) % len(self._gpus)]
+                env.update(CUDA_VISIBLE_DEVICES=device, HIP_VISIBLE_DEVICES=device, ZE_AFFINITY_MASK=device)
+            self._parties[worker] = party
+            self._workers_of[party] = worker
+            self._functions[worker] = set()
+            config = WorkerConfig(
+                channel=self.channel.address,
+                agent_id=self._agent_id,
+                endpoint=self._endpoint,
+                control_address=self._control_address,
+                bulk_address=self._bulk_address,
+                party=party,
+            )
+            self.zygote.spawn(worker, config, env)
+
+    def started(self, worker: int, pid: int) -> None:
+        """The worker's process is `pid`."""
+        self._pids[worker] = pid
+
+    def gone(self, exited: Exited) -> bytes:
+        """Forget a dead worker; gives the party id of the SDK inside its tasks."""
+        worker = exited.worker
+        self._pids.pop(worker, None)
+        self._functions.pop(worker, None)
+        party = self._parties.pop(worker, b"")
+        self._workers_of.pop(party, None)
+        return party
+
+    def kill(self, worker: int) -> None:
+        """SIGKILL; its exit is reported as any other."""
+        self.zygote.kill(worker)
+
+    def retire(self, worker: int) -> None:
+        """Let it end when it has sent what it holds."""
+        self._send(worker, channel.exit())
+
+    def worker_of_party(self, party: bytes) -> int | None:
+        """The worker whose tasks' SDK is that party, or None."""
+        return self._workers_of.get(party)
+
+    def name_of(self, worker: int) -> str:
+        """A worker's name in records: endpoint and number."""
+        return f"{self._endpoint}/{worker}"
+
+    def progress(self) -> dict[int, int]:
+        """For each worker the seq of the entry that it started last."""
+        return {worker: self.zygote.progress(worker) for worker in self._pids}
+
+    def describe(self) -> list[dict[str, Any]]:
+        """For STATUS."""
+        return [{"worker": self.name_of(worker), "pid": pid} for worker, pid in self._pids.items()]
+
+    # ----------------------------------------------------------------------------------------------- messages
+
+    def _send(self, worker: int, frame: bytes) -> bool:
+        return self.channel.send(worker, frame)
+
+    def receive(self) -> list[Message]:
+        """What the workers have said; never blocks."""
+        return [Message(*found) for found in self.channel.receive()]
+
+    def has_function(self, worker: int, digest: bytes) -> bool:
+        """Whether the worker has been sent this function."""
+        return digest in self._functions.get(worker, ())
+
+    def send_function(self, worker: int, digest: bytes, code: bytes) -> None:
+        """Send a function, ahead of the entries that use it."""
+        self._functions[worker].add(digest)
+        self._send(worker, channel.function(digest, code))
+
+    def send_tasks(self, worker: int, lease_until: float, entries: list[Any]) -> bool:
+        """Append entries to a worker's queue; False when it is not connected any more."""
+        return self._send(worker, channel.tasks(lease_until, entries))
+
+    def grant(self, worker: int, lease_until: float, revoked: list[int]) -> None:
+        """Answer ASK, or take entries back."""
+        self._send(worker, channel.grant(lease_until, revoked))
+
+    def segment(self, worker: int, path: str, capacity: int, warm: bool) -> None:
+        """Answer ALLOC."""
+        self._send(worker, channel.segment(path, capacity, warm))
+
+    def no_segment(self, worker: int, failure: list[Any]) -> None:
+        """Answer ALLOC: there is no room."""
+        self._send(worker, channel.no_segment(failure))
+
+    def slot(self, worker: int, failure: list[Any] | None) -> None:
+        """Answer BLOCKED or RESUME; with a failure, the task raises it."""
+        self._send(worker, channel.slot(failure is None, failure))
+
+    def unmap(self) -> None:
+        """Ask every worker to look again for mappings that it can close."""
+        for worker in self._pids:
+            self._send(worker, channel.unmap())

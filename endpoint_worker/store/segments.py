@@ -1,0 +1,186 @@
+"""The files of the store: where they lie, how they are filled, mapped, linked and checked.
+
+Segments in memory lie in one folder, segments on disk in another; a file is named by its segment's number.
+
+Files are filled with `pwrite` alone. On tmpfs that is faster than writing through a mapping (fresh pages 0.84
+against 0.74 GB/s, warm ones 5.4 against 1.7), it holds no GIL, and a full file system is then an `OSError` where
+a mapping would be a SIGBUS; so nothing needs to be allocated beforehand either. They are read through mappings.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import zlib
+from pathlib import Path
+from typing import Any, Final
+
+from endpoint_worker.store.index import Segment
+from gcref.errors import ConfigError
+
+# Checksums and copies go in pieces, so that a large object does not need twice its memory in caches.
+PIECE_BYTES: Final = 8 * 1024 * 1024
+
+
+class Folders:
+    """The two folders, empty at the start: what an earlier life left there belongs to nobody.
+
+    Args:
+        memory: for segments in memory; made if missing.
+        disk: for segments on disk; made if missing.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+
+    def __init__(self, memory: Path, disk: Path) -> None:
+        self.memory = str(_prepare(memory))
+        self.disk = str(_prepare(disk))
+        self._memory_device = os.stat(self.memory).st_dev
+        self._disk_device = os.stat(self.disk).st_dev
+
+    def path(self, segment: Segment) -> str:
+        """Where a segment lies."""
+        return f"{self.disk if segment.disk else self.memory}/{segment.number:x}"
+
+    def number(self, path: str) -> int:
+        """The number of the segment at a path, as somebody else names it.
+
+        Raises:
+            LookupError: no segment can lie there.
+        """
+        folder, _, name = path.rpartition("/")
+        try:
+            if folder in (self.memory, self.disk):
+                return int(name, 16)
+        except ValueError:
+            pass
+        raise LookupError(f"{path!r} is no segment of this store")
+
+    def is_on_disk(self, path: str, size: int) -> bool:
+        """Whether a link to this file would be one on disk.
+
+        Raises:
+            OSError: it is no regular file of at least `size` bytes, or lies on a third file system.
+        """
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode) or found.st_size < size:
+            raise OSError(errno.EINVAL, f"no regular file of at least {size} bytes", path)
+        if found.st_dev == self._memory_device:
+            return False
+        if found.st_dev == self._disk_device:
+            return True
+        raise OSError(errno.EXDEV, "neither on the store's file system nor on its disk's", path)
+
+    def remove(self) -> None:
+        """Remove both folders and what is in them."""
+        for folder in (self.memory, self.disk):
+            _clear(folder)
+            try:
+                os.rmdir(folder)
+            except OSError:
+                pass  # somebody put a folder there; it is not ours to remove
+
+
+def _prepare(folder: Path) -> Path:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _clear(str(folder))
+    except OSError as error:
+        raise ConfigError(
+            f"the object store cannot use the folder {folder}: {error.strerror}; make it one that you can write to",
+            file=str(folder),
+            remedy="make it a folder that you can write to",
+        ) from error
+    return folder.absolute()
+
+
+def _clear(folder: str) -> None:
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    for name in names:
+        try:
+            os.unlink(f"{folder}/{name}")
+        except (FileNotFoundError, IsADirectoryError):
+            pass
+
+
+def unlink(path: str) -> None:
+    """Remove a segment's file; one that was never made is fine too."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def create(path: str) -> int:
+    """Open a segment for writing, made if missing; the file descriptor."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def write_at(fd: int, data: Any, offset: int) -> None:
+    """Write all of the bytes-like `data` at the offset.
+
+    Raises:
+        OSError: ENOSPC and the like; part of it may have been written.
+    """
+    with memoryview(data).cast("B") as view:
+        done = 0
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], offset + done)
+
+
+def map_readable(path: str, size: int) -> mmap.mmap:
+    """Map the first `size` bytes of a segment, read-only.
+
+    Raises:
+        OSError: it is gone, or shorter than that (touching such a mapping would be fatal).
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if os.fstat(fd).st_size < size:
+            raise OSError(errno.EIO, f"shorter than {size} bytes", path)
+        return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    finally:
+        os.close(fd)
+
+
+def checksum(buffer: Any) -> int:
+    """crc32 of a buffer. It guards against a disk's errors, not against an enemy; it lets other threads run."""
+    crc = 0
+    with memoryview(buffer).cast("B") as view:
+        for at in range(0, len(view), PIECE_BYTES):
+            crc = zlib.crc32(view[at : at + PIECE_BYTES], crc)
+    return crc
+
+
+def copy_to(source: str, target: str, size: int) -> int:
+    """Copy a blob into another segment; its crc32. The target appears whole or not at all.
+
+    Raises:
+        OSError: no room, or a defect of the disk; the target is not there then.
+    """
+    unfinished = target + ".part"
+    crc = 0
+    mapping = map_readable(source, size)
+    try:
+        fd = create(unfinished)
+        try:
+            with memoryview(mapping) as view:
+                for at in range(0, size, PIECE_BYTES):
+                    with view[at : at + PIECE_BYTES] as piece:
+                        write_at(fd, piece, at)
+                        crc = zlib.crc32(piece, crc)
+        finally:
+            os.close(fd)
+        os.rename(unfinished, target)
+    except OSError:
+        unlink(unfinished)
+        raise
+    finally:
+        mapping.close()
+    return crc

@@ -1,0 +1,173 @@
+"""Folders of parties on this machine: who holds one, and clearing away what the dead left.
+
+    host_dir()/<id>/lock      held (flock) by the living party, from its start to the end of its process
+    host_dir()/<id>/…         sockets, pages, segments: gone with the party
+    disk_dir()/<id>/spill     spilled objects: gone with the party; the journal beside it stays
+
+The kernel lets go of a lock when its process is dead, however it died, so a lock that can be had is the proof that its
+folder may go. Whoever removes a folder holds its lock meanwhile, and removes the lock's file last; whoever claims one
+looks again, once it has the lock, whether that file is still the one in the folder. So a party that is
+just starting never loses a folder: it gets the old one before the sweep, or makes a new one after it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Final
+
+LOCK: Final = "lock"
+# A sweep holds a lock for as long as it takes to unlink what is there. A claim waits for it as long.
+_CLAIM_S: Final = 2.0
+_RETRY_S: Final = 0.01
+# A folder without a lock that is not empty belongs to a party that is making it, or was killed doing so.
+_UNLOCKED_S: Final = 60.0
+
+
+def claim(folder: Path) -> int:
+    """Hold a folder as the living party that owns it, made if missing; what a dead one left in it goes.
+
+    Args:
+        folder: `host_dir(party)`.
+
+    Returns:
+        The descriptor of its lock. Keep it open for as long as the party lives; children must not inherit it.
+
+    Raises:
+        BlockingIOError: another living process holds it.
+    """
+    deadline = time.monotonic() + _CLAIM_S
+    while True:
+        held = _try_lock(folder)
+        if held is not None:
+            _empty(folder)
+            return held
+        if time.monotonic() > deadline:
+            raise BlockingIOError(f"{folder} is held by another process")
+        time.sleep(_RETRY_S)
+
+
+def release(folder: Path, lock: int) -> None:
+    """End what `claim` began: remove the folder, then let go of its lock."""
+    _remove(folder)
+    os.close(lock)
+
+
+def sweep(host: Path, disk: Path | None = None) -> list[str]:
+    """Remove what dead parties of this user left on this machine.
+
+    Args:
+        host: `host_dir()`: the folders of all parties in memory.
+        disk: `disk_dir()`: their folders on disk; None: leave those alone.
+
+    Returns:
+        The names of the parties that it found something of.
+    """
+    swept: list[str] = []
+    for name in sorted({*_parties(host), *(_parties(disk) if disk is not None else ())}):
+        folder = host / name
+        spill = disk / name / "spill" if disk is not None else None
+        if not _is_left(folder) and (spill is None or not spill.is_dir()):
+            continue
+        # Making and locking it, also where there is only a spill, keeps out a party that is just starting.
+        held = _try_lock(folder)
+        if held is None:
+            continue
+        if spill is not None:
+            _remove_spill(spill)
+        release(folder, held)
+        swept.append(name)
+    return swept
+
+
+def _parties(root: Path) -> list[str]:
+    """The folders named by an id; whatever else lies there is not ours to judge."""
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return []
+    return [name for name in names if len(name) == 32 and set(name) <= set("0123456789abcdef")]
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether a folder may be one that a dead party left; an empty one goes at once."""
+    try:
+        age_s = time.time() - folder.stat().st_mtime
+        if (folder / LOCK).exists():
+            return True
+        folder.rmdir()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # it is not empty
+        return age_s > _UNLOCKED_S
+    return False
+
+
+def _try_lock(folder: Path) -> int | None:
+    """Make and lock a folder; None: somebody holds it, or it changed hands while we tried."""
+    path = folder / LOCK
+    try:
+        _make(folder)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileNotFoundError:
+        return None  # swept between the two
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_still_there(path, descriptor):
+            return descriptor
+    except BlockingIOError:
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _make(folder: Path) -> None:
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        pass
+
+
+def _is_still_there(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _empty(folder: Path) -> None:
+    for entry in os.scandir(folder):
+        if entry.name == LOCK:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            _unlink(entry.path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder whose lock we hold; the lock's file goes last."""
+    _empty(folder)
+    _unlink(str(folder / LOCK))
+    try:
+        folder.rmdir()
+    except OSError:
+        pass  # somebody is making it again
+
+
+def _remove_spill(spill: Path) -> None:
+    shutil.rmtree(spill, ignore_errors=True)
+    try:
+        spill.parent.rmdir()
+    except OSError:
+        pass  # a journal is there
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass

@@ -1,0 +1,10 @@
+"""How messages are carried. Brains never know which carrier is in use.
+
+    base      the seam: what a carrier of control messages does
+    zeromq    ipc and direct (TCP with CURVE)
+    memory    the fake, with faults on demand; it keeps the same promises (`tests/contract`)
+    bulk      the thread that moves the bytes of large objects
+    keys      owner keys and lists of allowed keys
+
+A library's exceptions never get out of the carrier that uses it.
+"""

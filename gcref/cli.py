@@ -1,0 +1,132 @@
+"""The command `gcref`: what a user asks on the client's side.
+
+    gcref endpoints    the endpoints that this GCREF_HOME knows
+    gcref key          the user's public key, for somebody's authorized_keys
+    gcref version      versions, for a report
+
+Exit codes: 0 done · 1 it could not be done, stderr says why · 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from gcref import config, ids
+from gcref.directory import records
+from gcref.directory.records import EndpointRecord
+from gcref.errors import GcrefError
+
+FAILED: Final = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: those behind the command's name; `None`: this process's own.
+
+    Returns:
+        The exit code.
+    """
+    said = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = said.command
+    try:
+        command(said)
+    except GcrefError as error:
+        print(f"gcref: {type(error).__name__}: {error}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:
+        # The reader of our output has gone (`… | head`): no reason for a traceback, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gcref", description="Futures over several sites: the client's side."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, text in (
+        (
+            "endpoints",
+            _endpoints,
+            "List the endpoints that this GCREF_HOME knows, and how they can be reached.",
+        ),
+        (
+            "key",
+            _key,
+            "Print your public key, as a line for an endpoint's authorized_keys; makes the key if needed.",
+        ),
+        ("version", _version, "Print the versions of gcref and of what it stands on."),
+    ):
+        commands.add_parser(name, help=text, description=text).set_defaults(command=command)
+    return parser
+
+
+def _endpoints(said: argparse.Namespace) -> None:
+    found = records.list_records()
+    if not found:
+        print(
+            f"no endpoints in {records.endpoints_dir()}; 'endpoint-worker init NAME' makes one",
+            file=sys.stderr,
+        )
+        return
+    allowed = config.client_config().carriers
+    width = max(len("NAME"), *(len(record.name) for record in found))
+    print(f"{'NAME':<{width}}  {'ID':<36}  {'STATE':<8}  REACHED BY")
+    for record in found:
+        ways = [f"{carrier} {address}" for carrier, address, _key in record.candidates(allowed)]
+        state = _state(record)
+        shown = ", ".join(ways) or "no way that your settings allow"
+        print(
+            f"{record.name:<{width}}  {ids.text(record.id)}  {state:<8}  {shown if state != 'stopped' else '-'}"
+        )
+
+
+def _state(record: EndpointRecord) -> str:
+    alive = record.alive()
+    if alive is None:
+        return "away"  # on another machine: only a connection would tell
+    return "running" if alive else "stopped"
+
+
+def _key(said: argparse.Namespace) -> None:
+    # Here and not above: `gcref version` is to work where ZeroMQ is broken.
+    from gcref.carriers import keys
+
+    pair = keys.load_or_create(config.home() / "keys" / "user.key")
+    print(f"{pair.public.decode('ascii')} user {_user()}")
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return f"{getpass.getuser()}@{platform.node()}"
+    except (KeyError, OSError):  # no name for this user id: usual in containers
+        return f"{os.getuid()}@{platform.node()}"
+
+
+def _version(said: argparse.Namespace) -> None:
+    from importlib import metadata
+
+    for name in ("gcref", "pyzmq", "msgpack", "cloudpickle"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            version = (
+                "not installed" if name != "gcref" else f"not installed, run from {os.path.dirname(__file__)}"
+            )
+        print(f"{name} {version}")
+    print(f"protocol {config.PROTOCOL_VERSION}")
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Who is where: the records of endpoints (later also the hub's directory)."""

@@ -1,0 +1,265 @@
+"""An agent as a child process: how an embedded or a local endpoint is started, watched and stopped.
+
+    order ── one JSON line ──► stdin    `python -m endpoint_worker.agent`    stdout ── one JSON line ──► Ready, or the error
+
+Starting does not wait: the executor makes the process, goes on, and hears of its address later. The agent ends when its stdin
+does, so it never outlives whoever started it. What it writes to standard error lands in an unlinked file, for error texts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Final, NamedTuple
+
+from gcref import errors, ids
+from gcref.errors import EndpointLostError, GcrefError
+
+STOP_WAIT_S: Final = 10.0
+"""How long an agent may take to stop in order, before it is killed."""
+
+OBITUARY_WAIT_S: Final = 0.25
+"""How long to wait for the exit code of an agent that has closed its output."""
+
+STDERR_TAIL_BYTES: Final = 4096
+
+_ANSWER_MAX_BYTES: Final = 64 * 1024
+
+
+class Ready(NamedTuple):
+    """An agent that serves.
+
+    Attributes:
+        control: address of its control socket.
+        bulk: address of its bulk socket.
+    """
+
+    control: str
+    bulk: str
+
+
+class AgentProcess:
+    """An agent that was started here.
+
+    Args:
+        id: the endpoint's id, 16 bytes.
+        name: its name; None for a private endpoint.
+        home: its `GCREF_HOME`; None for a private endpoint.
+        workers: worker processes; None: as many as it thinks fit.
+        carriers: the ways that it may use; None: as configured.
+        config: its configuration, a table as in its TOML.
+    """
+
+    def __init__(
+        self,
+        id: bytes,
+        *,
+        name: str | None = None,
+        home: Path | None = None,
+        workers: int | None = None,
+        carriers: list[str] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.id = id
+        self.name = name
+        self._answer = b""
+        self._stderr = _unnamed_file()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "endpoint_worker.agent"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                bufsize=0,
+                env=_environment(),
+                start_new_session=True,  # a Ctrl-C at the terminal is for the user's program
+            )
+        except BaseException:
+            os.close(self._stderr)
+            raise
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        self._stdin: IO[bytes] = stdin
+        self._stdout: IO[bytes] = stdout
+        self._abandoned = False
+        os.set_blocking(self._stdout.fileno(), False)
+        self._tell(
+            {
+                "name": name,
+                "id": id.hex(),
+                "home": None if home is None else str(home),
+                "private": name is None,
+                "workers": workers,
+                "carriers": carriers,
+                "sys_path": [os.path.abspath(entry) for entry in sys.path],
+                "config": dict(config or {}),
+                "watch_stdin": True,
+            }
+        )
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def fd(self) -> int:
+        """Descriptor of its stdout: readable when it has answered, or ended."""
+        return self._stdout.fileno()
+
+    def _tell(self, order: Mapping[str, Any]) -> None:
+        line = json.dumps(order).encode() + b"\n"
+        try:
+            while line:
+                line = line[self._stdin.write(line) or 0 :]
+        except (BrokenPipeError, ValueError):
+            pass  # it is gone; whoever waits for its answer hears so
+
+    def read_answer(self) -> Ready | None:
+        """Takes what it has said so far; None while that is not a whole answer.
+
+        Raises:
+            GcrefError: it could not start (its own error), or it ended without a word (`EndpointLostError`).
+        """
+        while b"\n" not in self._answer:
+            chunk = self._read()
+            if chunk is None:
+                return None
+            if not chunk or len(self._answer) > _ANSWER_MAX_BYTES:
+                raise EndpointLostError(self.obituary(), endpoint_id=ids.text(self.id))
+            self._answer += chunk
+        try:
+            told = json.loads(self._answer.partition(b"\n")[0])
+            if told.get("ready"):
+                return Ready(str(told["control"]), str(told["bulk"]))
+            kind, text = str(told["error"]), str(told["message"])
+        except (ValueError, KeyError, AttributeError) as error:
+            raise EndpointLostError(
+                f"the agent of {self._who()} answered what cannot be understood",
+                endpoint_id=ids.text(self.id),
+            ) from error
+        raise _error(kind, text, told)
+
+    def is_open(self) -> bool:
+        """Whether its stdout is open still; to be asked when there is something to read after the answer."""
+        return self._read() != b""
+
+    def _read(self) -> bytes | None:
+        """What it has said; None if nothing, empty at the end."""
+        try:
+            return os.read(self.fd, _ANSWER_MAX_BYTES)
+        except BlockingIOError:
+            return None
+
+    def wait_ready(self, timeout: float) -> Ready:
+        """Waits for the answer.
+
+        Raises:
+            GcrefError: it could not start, or took too long.
+        """
+        import select
+
+        poller = select.poll()
+        poller.register(self.fd, select.POLLIN | select.POLLHUP)
+        deadline = time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poller.poll(left * 1000):
+                raise EndpointLostError(
+                    f"the agent of {self._who()} did not start within {timeout:g} s{self._stderr_tail()}",
+                    endpoint_id=ids.text(self.id),
+                )
+            ready = self.read_answer()
+            if ready is not None:
+                return ready
+
+    def ended(self) -> bool:
+        """Whether the process has ended."""
+        return self._process.poll() is not None
+
+    def obituary(self) -> str:
+        """How it ended, for an error."""
+        try:
+            code = self._process.wait(OBITUARY_WAIT_S)
+        except subprocess.TimeoutExpired:
+            return f"the agent of {self._who()} has closed its output{self._stderr_tail()}"
+        how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+        return f"the agent of {self._who()} {how}{self._stderr_tail()}"
+
+    def _who(self) -> str:
+        return "the private endpoint" if self.name is None else f"endpoint {self.name!r}"
+
+    def _stderr_tail(self) -> str:
+        try:
+            size = os.fstat(self._stderr).st_size
+            tail = os.pread(self._stderr, STDERR_TAIL_BYTES, max(0, size - STDERR_TAIL_BYTES))
+        except OSError:
+            return ""
+        text = tail.decode(errors="replace").strip()
+        return f"; its last words:\n{text}" if text else ""
+
+    def request_stop(self) -> None:
+        """Asks it to stop; returns at once."""
+        self._tell({"stop": True, "wait": False})
+        try:
+            self._stdin.close()
+        except OSError:
+            pass
+
+    def stop(self, timeout: float = STOP_WAIT_S) -> None:
+        """Stops it, by force if need be, and waits until it is gone. Can be called again."""
+        if self._abandoned:
+            return
+        self.request_stop()
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._stdout.close()
+        if self._stderr >= 0:
+            os.close(self._stderr)
+            self._stderr = -1
+
+    def abandon(self) -> None:
+        """In a forked child: lets go of the pipes, so that the parent's death is noticed."""
+        self._abandoned = True
+        for file in (self._stdin, self._stdout):
+            try:
+                file.close()
+            except OSError:
+                pass
+
+
+def _unnamed_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("gcref-agent-stderr", os.MFD_CLOEXEC)
+    import tempfile
+
+    descriptor, path = tempfile.mkstemp()
+    os.unlink(path)
+    return descriptor
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with the folder of this package on the import path where it is not installed."""
+    environment = dict(os.environ)
+    folder = str(Path(errors.__file__).resolve().parent.parent)
+    if os.path.basename(folder) not in ("site-packages", "dist-packages"):
+        known = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = folder if not known else f"{folder}{os.pathsep}{known}"
+    return environment
+
+
+def _error(kind: str, text: str, told: Mapping[str, Any]) -> GcrefError:
+    found = getattr(errors, kind, None)
+    if not isinstance(found, type) or not issubclass(found, GcrefError):
+        return EndpointLostError(f"the agent could not start: {kind}: {text}")
+    fields = told.get("fields")
+    return found(text, **(fields if isinstance(fields, dict) else {}))

@@ -1,0 +1,600 @@
+"""The client's I/O thread: it owns the sockets and drives the brains.
+
+    user's threads ──► queue ──┐                                  ┌──► futures (settle)
+                        wake   ▼                                  │
+                     ┌─► drain ──► Submitter ──► Send ──► Peers ──┼──► carrier ──► endpoints
+                     │                 ▲                   │      │
+                     └── carrier.poll ─┴──── Deliver ◄─────┘      └──► bulk thread ──► Pull (large values)
+
+Whatever a user's thread wants is put into one queue, so that it is done in the order in which it was wanted: a task
+(a tuple), the end of a future (its id), an event of the brain, or a function to call here. The thread is woken only
+when it sleeps. It waits for nothing but its `poll`: no user's code runs on it, and nothing in it blocks.
+
+Futures are held weakly, so that the thread notices when nobody wants them any more; those with callbacks are held until
+they end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Final
+
+from gcref import config
+from gcref.brains import submitter_events as ev
+from gcref.brains.submitter import Submitter
+from gcref.brains.submitter_table import UP, Entry, Lane, Stored
+from gcref.carriers.base import FdReady
+from gcref.errors import EndpointLostError, GcrefError
+from gcref.objects import failure as failures
+from gcref.sdk import future as futures
+from gcref.sdk.agent_process import AgentProcess
+from gcref.sdk.callbacks import Caller
+from gcref.sdk.explain import explain, facts_of
+from gcref.sdk.future import ComputeFuture
+from gcref.sdk.large_values import LargeValues
+from gcref.sdk.reaching import Reaching
+from gcref.sdk.request import Request
+from gcref.sdk.transfers import Pull
+from gcref.sdk.whereabouts import Whereabouts
+from gcref.wire import messages as m
+
+if TYPE_CHECKING:
+    from gcref.brains.peers import Peers
+    from gcref.carriers.base import Carrier
+    from gcref.carriers.keys import KeyPair
+    from gcref.directory.records import Candidate
+    from gcref.task_context import TaskContext
+
+log: Final = logging.getLogger("gcref.sdk")
+
+DRAIN_MAX: Final = 1024
+"""Wishes taken from the queue in one turn: the first tasks of a long run leave while the last ones are made."""
+
+DROPS_EVERY_S: Final = 0.05
+"""Futures that end singly wake the thread at most so often."""
+
+BACKLOG_HIGH_BYTES: Final = 32 * 1024 * 1024
+"""Unacknowledged bytes above which a peer is sent no more tasks, so that what waits can be cancelled here."""
+
+BACKLOG_LOW_BYTES: Final = 8 * 1024 * 1024
+
+LINGER_S: Final = 1.0
+"""How long the thread waits for somebody who needs it, before it ends."""
+
+EXPLAIN_WAIT_S: Final = 1.2
+"""How long `explain` waits for the I/O thread, which waits for the endpoint a little less."""
+
+IN_LOOP_WAIT_S: Final = 0.05
+"""How long `cancel` waits on a thread that runs an event loop, which must not be held up."""
+
+
+class Loop:
+    """One client's I/O thread and everything that it owns.
+
+    Args:
+        me: the client's party id.
+        keys: its owner's keys.
+        carriers: the ways that it may use.
+        context: inside a task: its surroundings.
+        may_end: asked when there has been nothing to do for a while: whether the thread may end.
+        endpoint_lost_s: how long an endpoint may be out of reach, seconds.
+
+    Attributes:
+        queue: what user's threads want.
+        asleep: the thread waits, and has to be woken for what is put into the queue.
+        users: executors that may use it still; guarded by the client.
+    """
+
+    def __init__(
+        self,
+        me: bytes,
+        keys: KeyPair,
+        carriers: frozenset[str],
+        context: TaskContext | None = None,
+        may_end: Callable[[Loop], bool] = lambda loop: False,
+        *,
+        endpoint_lost_s: float = config.ENDPOINT_LOST_S,
+    ) -> None:
+        self.me = me
+        self.queue: deque[Any] = deque()
+        self.asleep = False
+        self.where = Whereabouts(carriers, context)
+        self.users = 0
+        self._may_end = may_end
+        self._idle_at: float | None = None
+        self._calm = False  # asleep, and not about to look for dropped futures anyway
+        self._keys = keys
+        self._relay = None if context is None else context.agent_id
+        self._endpoint_lost_s = endpoint_lost_s
+        self._broken: str | None = None
+        self._brain = Submitter(self._relay, endpoint_lost_s=endpoint_lost_s)
+        self._caller = Caller()
+        self._held: dict[bytes, ComputeFuture[Any]] = {}
+        self.large = LargeValues(self, keys, self._relay, endpoint_lost_s)
+        self._next_question = 1
+        self._quiet: dict[Lane, list[Callable[[], None]]] = {}
+        self._due_at: float | None = None  # when the brain is to be told the time
+        self.reaching = Reaching(self, keys.public)
+        self._sent_to: set[bytes] = set()
+        self._full: set[bytes] = set()
+        self._dropped_at = -DROPS_EVERY_S
+        self._ending: tuple[float, Request] | None = None
+        self._burying = threading.RLock()
+        self._peers: Peers
+        self._carrier: Carrier | None = None
+        self._table: dict[type, Callable[[Any], None]] = {
+            ev.Send: self._send,
+            ev.Settle: self._settle,
+            ev.Running: self._running,
+            ev.Answer: lambda i: i.request.set(i.answer),
+            ev.Reach: lambda i: self.reaching.reach(i.peer),
+            ev.Leave: lambda i: self.reaching.leave(i.peer),
+            ev.Look: lambda i: self.reaching.look(i.peer),
+            ev.Idle: self._idle,
+            ev.Uploaded: lambda i: self.large.forget_uploads(i.ids),
+        }
+        self._thread = threading.Thread(target=self._run, name="gcref-io", daemon=True)
+        _loops.add(self)
+        self._thread.start()
+
+    # ------------------------------------------------------------------------------- what any thread may call
+
+    def check(self) -> None:
+        """Raises RuntimeError where this client cannot be used any more: in a forked child, or after its end."""
+        if self._broken is not None:
+            raise RuntimeError(self._broken)
+
+    def is_broken(self) -> bool:
+        """Whether this thread has ended, or never was (in a forked child)."""
+        return self._broken is not None
+
+    def secret_of(self, group: bytes) -> bytes:
+        """What the read tokens of a task group are made of: the same in each process of this user, and 32 bytes."""
+        return blake2b(group, key=self._keys.secret, digest_size=32, person=b"gcref group").digest()
+
+    def post(self, wish: Any) -> None:
+        """Has the I/O thread take an event of the brain, or call a function."""
+        self.check()
+        self.queue.append(wish)
+        if self.asleep:
+            self.wake()
+
+    def wake(self) -> None:
+        """Has the thread look at the queue."""
+        if self._broken is not None:
+            self._bury()
+            return
+        self.asleep = self._calm = False
+        carrier = self._carrier
+        if carrier is not None:
+            carrier.wake()
+
+    def poke(self) -> None:
+        """Has the thread see whether it is needed."""
+        if self.asleep and self._broken is None:
+            self.wake()
+
+    def drop(self, id: bytes) -> None:
+        """The future of that id is gone."""
+        self.queue.append(id)
+        if self._calm:
+            self.wake()
+
+    def hold(self, future: ComputeFuture[Any]) -> None:
+        """Keeps a future alive until it ends."""
+        self._held[future._id] = future
+
+    def call_soon(self, fn: Callable[..., None], *args: Any) -> None:
+        """Calls `fn` on the callback thread."""
+        self._caller.call(fn, *args)
+
+    def cancel(self, ids: list[bytes], force: bool) -> list[bool]:
+        """Asks for these tasks not to run, and waits for the answer: a second at the most."""
+        request = Request()
+        self.post(ev.CancelAsked(request, ids, force, time.monotonic()))
+        if self._is_io_thread():
+            return [False] * len(ids)
+        wait_s = IN_LOOP_WAIT_S if _has_running_loop() else config.CANCEL_WAIT_S + 0.1
+        return request.wait(wait_s) or [False] * len(ids)
+
+    def attach(self, home: bytes, group: bytes, timeout: float) -> Any:
+        """The secret and the tasks of a group, as in TASKS.
+
+        Raises:
+            GcrefError: the endpoint cannot be asked, or does not answer in time.
+        """
+        request = Request()
+        now = time.monotonic()
+        self.post(ev.AttachAsked(request, home, group, now + timeout, now))
+        answer = request.wait(None)
+        if isinstance(answer, ev.Failure):
+            raise failures.to_exception(answer.failure)
+        return answer
+
+    def open(self, id: bytes, home: bytes, token: bytes | None, lane: Any) -> ComputeFuture[Any]:
+        """A future for an object that exists elsewhere; the one that is there already, if there is one.
+
+        Args:
+            id: of the object.
+            home: its home.
+            token: the right to read it; None for the owner of its group.
+            lane: what the future is told to belong to.
+        """
+        self.check()
+        known = self.future_of(id)
+        if known is not None:
+            return known
+        future: ComputeFuture[Any] = ComputeFuture(lane, id, token)
+        counts = lane if token is None else None
+        self.post(ev.Opened([(id, home, token, counts, weakref.ref(future))], time.monotonic()))
+        return future
+
+    def future_of(self, id: bytes) -> ComputeFuture[Any] | None:
+        """The future here that stands for an object, if there is one."""
+        entry = self._brain.find(id)
+        return None if entry is None else future_of(entry)
+
+    def fetch(self, stored: Stored) -> Pull:
+        """Starts to fetch a value, or joins the fetch under way."""
+        return self.large.fetch(stored)
+
+    def when_quiet(self, lane: Lane, fn: Callable[[], None]) -> None:
+        """Calls `fn`, on the I/O thread, once no task of the lane is open."""
+
+        def ask() -> None:
+            if lane.open == 0:
+                fn()
+            else:
+                self._quiet.setdefault(lane, []).append(fn)
+
+        self.post(ask)
+
+    def entries(self) -> list[Entry]:
+        """All objects that futures here stand for, in the order in which they came; on the I/O thread."""
+        return list(self._brain.entries.values())
+
+    def start_process(self, process: AgentProcess) -> None:
+        """Watches an agent that was started for this client alone."""
+        self.where.add_process(process)
+        self.post(lambda: self.reaching.watch(process))
+
+    def explain(self, future: ComputeFuture[Any]) -> str:
+        """Where a task is, what it waits for, over which carrier, since when."""
+        request = Request()
+        self.post(lambda: self._ask_explain(future._id, request))
+        told = None if self._is_io_thread() else request.wait(EXPLAIN_WAIT_S)
+        return explain(future, request.facts, told, self.where, time.monotonic())
+
+    # ----------------------------------------------------------------------------------------------- life and end
+
+    def close(self, timeout: float) -> int:
+        """Flushes what is unacknowledged, and ends the thread; what waits for it then ends in an error.
+
+        Args:
+            timeout: how long the flush may take, seconds.
+
+        Returns:
+            How many tasks were perhaps not taken by their endpoints in time.
+        """
+        request = Request()
+        deadline = time.monotonic() + timeout
+        try:
+            self.post(lambda: setattr(self, "_ending", (deadline, request)))
+        except RuntimeError:
+            return 0
+        if self._is_io_thread():
+            return 0
+        self._thread.join(timeout + 2.0)
+        return int(request.answer or 0)
+
+    def forked(self) -> None:
+        """In a forked child: nothing of this works here, and nothing of the parent's is touched."""
+        self._broken = "this executor belongs to the parent process; make another one after a fork"
+        self.asleep = self._calm = False
+        self._carrier = None
+        for process in self.where.processes():
+            process.abandon()
+
+    def _is_io_thread(self) -> bool:
+        return threading.get_ident() == self._thread.ident
+
+    def _run(self) -> None:
+        text = "this client has ended"
+        try:
+            self._set_up()
+            while self._turn():
+                pass
+            self._obey(self._peers.close(time.monotonic()))
+        except BaseException as error:
+            log.exception("the I/O thread of a client has failed")
+            text = f"the I/O thread of the client has failed: {type(error).__name__}: {error}"
+        finally:
+            self._broken = text
+            self.asleep = True  # whoever comes too late finds out
+            self._bury()
+            carrier, self._carrier = self._carrier, None
+            if carrier is not None:
+                carrier.close()
+            self.large.close()
+            self._caller.close()
+
+    def _has_ended(self, now: float, deadline: float, request: Request) -> bool:
+        missing, waiting = 0, False
+        for party, peer in self._brain.peers.items():
+            if self.where.is_own(party) or not (peer.outbox or self._peers.pending(party)):
+                continue
+            missing += peer.open
+            waiting |= peer.open > 0 or peer.state == UP
+        if waiting and now < deadline:
+            return False
+        request.set(missing)
+        return True
+
+    def _bury(self) -> None:
+        """Ends everything that waits for this thread, which has ended; on whatever thread finds something."""
+        with self._burying:
+            lost = failures.from_error(EndpointLostError(str(self._broken)))
+            table = self._table
+            self._table = dict.fromkeys(table, _ignore) | {kind: table[kind] for kind in _LAST_RITES}
+            while self.queue:
+                self._drain(_try)
+            for peer in list(self._brain.peers):
+                self.tell(ev.PeerFailed(peer, lost))
+            quiet, self._quiet = self._quiet, {}
+            for waiting in quiet.values():
+                for fn in waiting:
+                    fn()
+            self.large.end_all(lambda: EndpointLostError(str(self._broken)))
+
+    def _set_up(self) -> None:
+        from gcref.brains import peers as pe
+        from gcref.carriers.zeromq import ZeroMQCarrier
+
+        identity = pe.Identity(self.me, pe.CLIENT, self._keys.public, time.time_ns() // 1000)
+        self._peers = pe.Peers(identity, lambda key, hello: pe.PEER if hello.kind == pe.ENDPOINT else None)
+        carrier = ZeroMQCarrier(self._keys)
+        self._table.update(
+            {
+                pe.Transmit: self._transmit,
+                pe.Deliver: self._deliver,
+                pe.Dial: self._dial,
+                pe.Hangup: lambda i: carrier.hangup(i.link),
+                pe.PeerUp: lambda i: self.tell(ev.PeerUp(i.party, i.fresh, time.monotonic())),
+                pe.PeerDown: lambda i: self.tell(ev.PeerDown(i.party, i.reason, time.monotonic())),
+                pe.PeerReset: lambda i: self.tell(ev.PeerReset(i.party, i.kept, time.monotonic())),
+                pe.AuthRefused: lambda i: self.reaching.refused(i.party, "AuthError", i.message),
+                pe.Mismatch: lambda i: self.reaching.refused(i.party, "VersionMismatchError", i.message),
+                pe.Rejected: lambda i: log.warning("a message was dropped: %s", i.reason),
+            }
+        )
+        self._ways_event = pe.Know
+        self._carrier = carrier
+
+    def _turn(self) -> bool:
+        """Does all there is to do, then waits for more; False at the end."""
+        if self.queue:
+            self._drain()
+        now = time.monotonic()
+        if self._due_at is not None and self._due_at <= now:
+            self.tell(ev.Tick(now))
+        self._obey(self._peers.flush(now))
+        if self._sent_to or self._full:
+            self._see_room()
+        if self.users == 0 or self._idle_at is not None:
+            self._see_whether_idle(now)
+        if self._ending is not None and self._has_ended(now, *self._ending):
+            return False
+        self.asleep = True
+        if self.queue:
+            # Only ids of dropped futures may wait a little for more of their kind; `_drain` has taken all else.
+            timeout: float | None = 0.0
+        else:
+            timeout = self._wait_s(now)
+        carrier = self._carrier
+        assert carrier is not None
+        events = carrier.poll(timeout, self.reaching.descriptors)
+        self.asleep = self._calm = False
+        for event in events:
+            if isinstance(event, FdReady):
+                self.reaching.descriptor_ready(event.fd)
+            else:
+                self._obey(self._peers.handle(event))
+        self.large.take_completions()
+        return True
+
+    def _see_whether_idle(self, now: float) -> None:
+        """Ends when nobody has needed this thread for a while: no executor, no future, no task."""
+        if self.users or self.queue or self._brain.entries or self.large.is_busy():
+            self._idle_at = None
+        elif self._idle_at is None:
+            self._idle_at = now
+        elif self._ending is None and now >= self._idle_at + LINGER_S and self._may_end(self):
+            self._ending = (now + config.EXIT_FLUSH_S, Request())
+
+    def _wait_s(self, now: float) -> float | None:
+        self._due_at = self._brain.deadline
+        due = [at for at in (self._due_at, self._peers.deadline) if at is not None]
+        if self._ending is not None:
+            due.append(self._ending[0])
+        elif self._idle_at is not None:
+            due.append(self._idle_at + LINGER_S)
+        if self._dropped_at + DROPS_EVERY_S > now:
+            due.append(self._dropped_at + DROPS_EVERY_S)
+        else:
+            self._calm = True
+            if self.queue:
+                return 0.0
+        return max(0.0, min(due) - now) if due else None
+
+    def _drain(self, call: Callable[[Callable[[], None]], None] | None = None) -> None:
+        """Takes what user's threads want, in order; `call` is what to do with functions, if not to call them."""
+        popleft = self.queue.popleft
+        tasks: list[Any] = []
+        gone: list[bytes] = []
+        now = time.monotonic()
+        try:
+            for _ in range(DRAIN_MAX):
+                wish = popleft()
+                kind = type(wish)
+                if kind is tuple:
+                    tasks.append(wish)
+                elif kind is bytes:
+                    gone.append(wish)
+                else:
+                    tasks, gone = self._take(tasks, gone, now)
+                    if kind in _EVENTS:
+                        self.tell(wish)
+                    elif call is None:
+                        wish()
+                    else:
+                        call(wish)
+        except IndexError:
+            pass
+        self._take(tasks, gone, now)
+
+    def _take(self, tasks: list[Any], gone: list[bytes], now: float) -> tuple[list[Any], list[bytes]]:
+        # A future is made before it is dropped, so tasks come first.
+        if tasks:
+            self.tell(ev.Submitted(tasks, now))
+        if gone:
+            self._dropped_at = now
+            self.tell(ev.Dropped(gone))
+        return [], []
+
+    def tell(self, event: Any) -> None:
+        """Tells the brain, and does what it says; on the I/O thread."""
+        self._obey(self._brain.handle(event))
+
+    def is_wanted(self, party: bytes) -> bool:
+        """Whether somebody has asked for that party; on the I/O thread."""
+        return party in self._brain.peers
+
+    def dial_all(self, party: bytes, candidates: list[Candidate]) -> None:
+        """These are the ways to a party: what is new is dialled, what is gone hung up; on the I/O thread."""
+        self._obey(self._peers.handle(self._ways_event(party, candidates, time.monotonic())))
+
+    def _obey(self, instructions: list[Any]) -> None:
+        table = self._table
+        for instruction in instructions:
+            table[instruction.__class__](instruction)
+
+    # ------------------------------------------------------------------------------------- what the brains want
+
+    def _dial(self, dial: Any) -> None:
+        carrier = self._carrier
+        assert carrier is not None
+        try:
+            carrier.dial(dial.link, dial.address, dial.server_key)
+        except GcrefError as error:
+            self.tell(ev.PeerFailed(dial.party, failures.from_error(error)))
+
+    def _transmit(self, transmit: Any) -> None:
+        if self._carrier is not None:
+            self._carrier.send(transmit.link, transmit.frame)  # what is not sent is sent again
+
+    def _send(self, send: ev.Send) -> None:
+        try:
+            self._peers.send(send.peer, send.message)
+        except GcrefError as error:
+            log.warning("a message cannot be sent: %s", error)
+            if send.message[0] == m.SUBMIT:
+                self.tell(ev.Unsendable([task[0] for task in send.message[6]], failures.from_error(error)))
+        else:
+            self._sent_to.add(send.peer)
+
+    def _see_room(self) -> None:
+        """Holds back tasks for peers that have much to take already; goes on when they have taken it."""
+        peers = self._peers
+        for party in self._sent_to:
+            if party not in self._full and peers.backlog_bytes(party) > BACKLOG_HIGH_BYTES:
+                self._full.add(party)
+                self.tell(ev.PeerFull(party, True))
+        self._sent_to.clear()
+        for party in [party for party in self._full if peers.backlog_bytes(party) < BACKLOG_LOW_BYTES]:
+            self._full.discard(party)
+            self.tell(ev.PeerFull(party, False))
+        if self._sent_to:
+            self._obey(peers.flush(time.monotonic()))
+
+    def _settle(self, settle: ev.Settle) -> None:
+        ends = []
+        for holder, state, failed, raw, record in settle.ends:
+            future = holder()
+            if future is not None:
+                ends.append((future, state, failed, raw, record))
+        if ends:
+            futures.settle(ends)
+            if self._held:
+                for end in ends:
+                    self._held.pop(end[0]._id, None)
+
+    def _running(self, running: ev.Running) -> None:
+        futures.mark_running([future for holder in running.holders if (future := holder()) is not None])
+
+    def _idle(self, idle: ev.Idle) -> None:
+        for fn in self._quiet.pop(idle.lane, ()):
+            fn()
+
+    def _deliver(self, delivered: Any) -> None:
+        try:
+            self.tell(ev.Heard(delivered.party, delivered.messages, time.monotonic()))
+        except (ValueError, TypeError, IndexError, KeyError, AttributeError):
+            log.exception("messages from %s were not understood", self.where.name_of(delivered.party))
+
+    # ------------------------------------------------------------------------------------------------- explaining
+
+    def _ask_explain(self, id: bytes, request: Request) -> None:
+        request.facts = facts_of(self._brain.find(id), self._peers)
+        number, self._next_question = self._next_question, self._next_question + 1
+        self.tell(ev.ExplainAsked(request, number, [id], time.monotonic()))
+
+
+_EVENTS: Final = frozenset((ev.CancelAsked, ev.AttachAsked, ev.Opened, ev.Offered))
+_LAST_RITES: Final = (ev.Settle, ev.Answer, ev.Idle)
+
+
+def _ignore(_: Any) -> None:
+    """Nothing is done about it."""
+
+
+def _try(fn: Callable[[], None]) -> None:
+    """What was wanted of a thread that has ended; some of it can be done, and nobody waits for the rest."""
+    try:
+        fn()
+    except Exception:
+        log.debug("this came too late", exc_info=True)
+
+
+def future_of(entry: Entry) -> ComputeFuture[Any] | None:
+    """The future that stands for an entry's object, if it lives."""
+    holder = entry.holder
+    if type(holder) is list:
+        holder = holder[-1]
+    found: ComputeFuture[Any] | None = None if holder is None else holder()
+    return found
+
+
+def _has_running_loop() -> bool:
+    """Whether this thread runs an event loop of asyncio."""
+    asyncio = sys.modules.get("asyncio")
+    return asyncio is not None and asyncio._get_running_loop() is not None
+
+
+_loops: weakref.WeakSet[Loop] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    futures.after_fork_in_child()
+    for loop in list(_loops):
+        loop.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

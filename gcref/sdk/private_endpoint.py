@@ -1,0 +1,81 @@
+"""The private endpoint of an executor: an agent that ends when its executor does, after its tasks.
+
+end() ──► no task is open ──► live futures' values are fetched, large ones too ──► the agent stops ──► ended
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from gcref.brains.submitter_table import Stored
+from gcref.sdk.loop import future_of
+
+if TYPE_CHECKING:
+    from gcref.brains.submitter_table import Lane
+    from gcref.sdk.agent_process import AgentProcess
+    from gcref.sdk.loop import Loop
+
+
+class PrivateEndpoint:
+    """An agent for one executor.
+
+    Args:
+        process: the agent.
+
+    Attributes:
+        ended: set when the agent is gone.
+    """
+
+    def __init__(self, process: AgentProcess) -> None:
+        self.process = process
+        self.ended = threading.Event()
+        self._once = threading.Lock()
+        self._is_ending = False
+
+    def end(self, loop: Loop, lane: Lane) -> None:
+        """Begins its end, and returns: its tasks end, live futures' values come here, then it stops."""
+        with self._once:
+            if self._is_ending:
+                return
+            self._is_ending = True
+        try:
+            loop.when_quiet(lane, lambda: self._bring_values(loop, lane.home))
+        except RuntimeError:  # the I/O thread has ended, and with it everything that waited
+            self._stop()
+
+    def _bring_values(self, loop: Loop, home: bytes) -> None:
+        """On the I/O thread: fetches what live futures have not fetched; also what is large."""
+        pulls = [loop.fetch(stored) for stored in _stored_at(loop, home)]
+        left = len(pulls) + 1
+        counting = threading.Lock()
+
+        def one_less() -> None:
+            nonlocal left
+            with counting:
+                left -= 1
+                if left:
+                    return
+            loop.call_soon(self._leave, loop)
+
+        for pull in pulls:
+            pull.when_done(one_less)
+        one_less()
+
+    def _leave(self, loop: Loop) -> None:
+        try:
+            loop.post(lambda: loop.reaching.process_ends(self.process))
+        except RuntimeError:
+            pass
+        self._stop()
+
+    def _stop(self) -> None:
+        self.process.stop()
+        self.ended.set()
+
+
+def _stored_at(loop: Loop, home: bytes) -> list[Stored]:
+    """The values of live futures that lie at that home still."""
+    futures = [future_of(entry) for entry in loop.entries()]
+    raws = [future._raw for future in futures if future is not None]
+    return [raw for raw in raws if type(raw) is Stored and raw.home == home]

@@ -1,0 +1,1 @@
+"""The tests of gcref: see README.md beside this file."""

@@ -1,0 +1,96 @@
+"""Fixtures for all tests: a home of one's own, two sites, and a look for what was left behind after each module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import hypothesis
+import pytest
+
+from tests.support.leaks import Traces, assert_nothing_left, mark_run, start_library_threads
+
+if TYPE_CHECKING:
+    from gcref import Executor, LocalEndpoint
+
+# The machine may be busy: how long an example takes says nothing. Examples that failed are kept by no one else.
+hypothesis.settings.register_profile(
+    "gcref",
+    deadline=None,
+    max_examples=int(os.environ.get("GCREF_TEST_EXAMPLES", "60")),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+    database=None,
+    print_blob=True,
+)
+hypothesis.settings.load_profile("gcref")
+
+_OURS = ("GCREF_HOME", "GCREF_HUB_URL", "GCREF_TOKEN", "GCREF_CARRIERS")
+
+
+class Sites(NamedTuple):
+    """Two endpoints on this machine: `A, B = two_sites`."""
+
+    polaris: LocalEndpoint
+    midway: LocalEndpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _marked_run() -> None:
+    mark_run()
+    start_library_threads()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _module_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Every module has its own `GCREF_HOME`, and no settings of the person who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _OURS:
+            patch.delenv(name, raising=False)
+        home = tmp_path_factory.mktemp("home") / "gcref"
+        patch.setenv("GCREF_HOME", str(home))
+        yield home
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_left(_module_home: Path) -> Iterator[None]:
+    """After each module nothing is left: no process, thread, open file, mapped segment or file in shared memory."""
+    before = Traces.take()
+    yield
+    assert_nothing_left(before)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `GCREF_HOME` for this test alone."""
+    path = tmp_path / "gcref"
+    monkeypatch.setenv("GCREF_HOME", str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def two_sites(_nothing_left: None) -> Iterator[Sites]:
+    """The endpoints "polaris" and "midway", two workers each, for all tests of a module."""
+    from gcref import LocalEndpoint
+
+    with LocalEndpoint("polaris", workers=2) as polaris, LocalEndpoint("midway", workers=2) as midway:
+        yield Sites(polaris, midway)
+
+
+@pytest.fixture
+def polaris(two_sites: Sites) -> Iterator[Executor]:
+    """An executor at polaris, for one test."""
+    from gcref import Executor
+
+    with Executor(two_sites.polaris.endpoint_id) as executor:
+        yield executor
+
+
+@pytest.fixture
+def midway(two_sites: Sites) -> Iterator[Executor]:
+    """An executor at midway, for one test."""
+    from gcref import Executor
+
+    with Executor(two_sites.midway.endpoint_id) as executor:
+        yield executor

@@ -1,0 +1,117 @@
+"""The carriers that the contract is tested over, and a loop that polls several of them until something is so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gcref.brains.peers_events import Link, LinkDown, LinkUp, PacketIn, Refused
+from gcref.carriers import keys
+from gcref.carriers.base import Carrier, CarrierEvent
+from gcref.carriers.keys import KeyPair
+from gcref.carriers.memory import MemoryCarrier, MemoryNetwork
+from gcref.carriers.zeromq import ZeroMQCarrier
+from tests.support.waiting import patience
+
+E = TypeVar("E")
+
+KINDS = ("memory-ipc", "memory-tcp", "zeromq-ipc", "zeromq-tcp")
+TCP_KINDS = ("memory-tcp", "zeromq-tcp")
+
+SERVER = keys.generate()
+CLIENT = keys.generate()
+OTHER = keys.generate()
+
+
+class Party:
+    """A carrier, and the events that it has given."""
+
+    def __init__(self, carrier: Carrier) -> None:
+        self.carrier = carrier
+        self.events: list[CarrierEvent] = []
+
+    def of(self, kind: type[E]) -> list[E]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    @property
+    def frames(self) -> list[bytes]:
+        return [packet.frame for packet in self.of(PacketIn)]
+
+    def ups(self, link: Link) -> int:
+        return sum(event.link == link for event in self.of(LinkUp))
+
+    def downs(self, link: Link) -> int:
+        return sum(event.link == link for event in self.of(LinkDown))
+
+    def refusals(self) -> list[Refused]:
+        return self.of(Refused)
+
+
+class Place:
+    """Where carriers of one kind meet."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind = kind
+        self.tcp = kind.endswith("tcp")
+        self.carrier_name = "direct" if self.tcp else "ipc"
+        self.parties: list[Party] = []
+        self._folder = folder
+        self._network = MemoryNetwork()
+
+    @property
+    def any_address(self) -> str:
+        return "tcp://127.0.0.1:*" if self.tcp else f"ipc://{self._folder}/socket"
+
+    @property
+    def server_key(self) -> bytes | None:
+        return SERVER.public if self.tcp else None
+
+    def party(self, pair: KeyPair | None = CLIENT, allowed: Mapping[bytes, str] | None = None) -> Party:
+        if self.kind.startswith("memory"):
+            carrier: Carrier = MemoryCarrier(self._network, pair, allowed)
+        else:
+            carrier = ZeroMQCarrier(pair, allowed)
+        party = Party(carrier)
+        self.parties.append(party)
+        return party
+
+    def server(self, allowed: Mapping[bytes, str] | None = None) -> tuple[Party, str]:
+        """A party that listens, and where."""
+        party = self.party(SERVER, {CLIENT.public: "user"} if allowed is None else allowed)
+        return party, party.carrier.listen(self.any_address)
+
+    def linked(self) -> tuple[Party, Party, str]:
+        """A client whose link 1 to a server is up, and the server."""
+        server, address = self.server()
+        client = self.party()
+        client.carrier.dial(1, address, self.server_key)
+        self.until(lambda: client.ups(1) == 1, "the link")
+        return client, server, address
+
+    def until(
+        self, condition: Callable[[], Any], what: str = "the condition", timeout_s: float = 10.0
+    ) -> None:
+        """Poll all carriers until it is so."""
+        deadline = time.monotonic() + patience(timeout_s)
+        while not condition():
+            if time.monotonic() > deadline:
+                seen = "\n  ".join(
+                    repr(event)[:200] for party in self.parties for event in party.events[-10:]
+                )
+                raise AssertionError(f"waited in vain for {what}; seen:\n  {seen}")
+            self.poll()
+
+    def poll(self) -> bool:
+        """Poll all carriers once, each of them briefly; whether there was anything."""
+        found = False
+        for party in self.parties:
+            events = party.carrier.poll(0.001)
+            party.events += events
+            found = found or bool(events)
+        return found
+
+    def close(self) -> None:
+        for party in self.parties:
+            party.carrier.close()

@@ -1,0 +1,307 @@
+"""The resolver: transcripts of single sites, and random graphs over joined sites against sequential evaluation."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gcref.brains import resolver_events as ev
+from gcref.brains.resolver import Resolver
+from gcref.brains.tasks import DISPATCHED, Task
+from gcref.objects import failure as failures
+from gcref.wire import messages as m
+from tests.unit.brains.sites import CLIENT, GROUP, OWNER, SECRET, USER, World, object_id, ref_to, split
+
+HERE = b"H" * 16
+THERE = b"T" * 16
+
+
+def resolver() -> Resolver:
+    return Resolver(HERE, unknown_object_s=600, lease_s=86400)
+
+
+def submit(
+    r: Resolver,
+    *tasks: list[object],
+    opts: dict[str, object] | None = None,
+    who: ev.Who = USER,
+    home: bytes = HERE,
+) -> list[ev.Instruction]:
+    told = r.handle(ev.Submitted(who, home, GROUP, SECRET, opts or {}, [], list(tasks), 1.0, 1000.0))
+    r.validate()
+    return told
+
+
+def task(number: int, *deps: bytes) -> list[object]:
+    return [object_id(number), -1, b"payload", b"".join(deps) or None, None, None]
+
+
+def local(number: int) -> bytes:
+    return ref_to(object_id(number), HERE)
+
+
+def finish(
+    r: Resolver, number: int, status: int = m.OK, value: object = b"v", refs: bytes | None = None
+) -> list[ev.Instruction]:
+    found = r.objects[object_id(number)]
+    assert isinstance(found, Task)
+    found.state = DISPATCHED
+    told = r.handle(ev.Finished("w", [[1, found.id, found.attempt, status, value, 1.0, 0.5, refs, None]]))
+    r.validate()
+    return told
+
+
+def runnable(told: list[ev.Instruction]) -> list[bytes]:
+    return [t.id for i in told if isinstance(i, ev.Runnable) for t in i.tasks]
+
+
+def items(told: list[ev.Instruction]) -> dict[bytes, list[object]]:
+    return {item[0]: item for i in told if isinstance(i, ev.Notify) for item in i.items}
+
+
+def test_a_task_without_arguments_runs_and_tells_its_submitter() -> None:
+    r = resolver()
+    assert runnable(submit(r, task(1))) == [object_id(1)]
+    told = finish(r, 1)
+    assert told == [
+        ev.Notify(CLIENT, [[object_id(1), m.OK, b"v", 1, [1000.0, 1.0, 1.5, "w", 1, None, None, None]]])
+    ]
+
+
+def test_r1_a_task_waits_for_its_argument() -> None:
+    r = resolver()
+    assert runnable(submit(r, task(1), task(2, local(1)))) == [object_id(1)]
+    assert runnable(finish(r, 1)) == [object_id(2)]
+
+
+def test_an_argument_of_another_home_is_subscribed_to_once() -> None:
+    r = resolver()
+    ref = ref_to(object_id(9), THERE)
+    told = submit(r, task(1, ref), task(2, ref))
+    assert [i for i in told if isinstance(i, ev.Subscribe)] == [
+        ev.Subscribe(THERE, [[object_id(9), ref[32:], None, False]])
+    ]
+    told = r.handle(ev.Outcomes(THERE, [[object_id(9), m.STORED, 1 << 20, 1, None]], "direct"))
+    pulls = [i for i in told if isinstance(i, ev.Pull)]
+    assert [(p.obj.id, p.source) for p in pulls] == [(object_id(9), THERE)]
+    assert runnable(r.handle(ev.Pulled([(object_id(9), 1, "direct", 1 << 20)]))) == [
+        object_id(1),
+        object_id(2),
+    ]
+    finish(r, 1)
+    assert any(isinstance(i, ev.Unsubscribe) for i in finish(r, 2)), "the last user lets the home know"
+    told = r.handle(ev.Forgotten(THERE, [object_id(9)]))
+    assert told == [ev.Free([object_id(9)])]
+
+
+def test_only_its_home_speaks_for_an_object() -> None:
+    r = resolver()
+    submit(r, task(1, ref_to(object_id(9), THERE)))
+    assert r.handle(ev.Outcomes(b"X" * 16, [[object_id(9), m.OK, b"forged", 1, None]], "direct")) == []
+    assert r.handle(ev.Forgotten(b"X" * 16, [object_id(9)])) == []
+
+
+def test_e3_a_dependent_names_every_failed_argument() -> None:
+    r = resolver()
+    submit(r, *[task(n) for n in range(5)], task(9, *[local(n) for n in range(5)]))
+    finish(r, 0)
+    finish(r, 1, m.FAILED, failures.make("raised", "one"))
+    assert not items(finish(r, 2)).get(object_id(9)), "it waits for the other arguments"
+    finish(r, 3, m.FAILED, failures.make("raised", "three"))
+    failed = items(finish(r, 4))[object_id(9)]
+    assert failed[1] == m.FAILED
+    failure = failed[2]
+    assert isinstance(failure, list)
+    assert failure[0] == "DependencyError"
+    assert failure[4][1] == "one", "the cause is the first root failure"
+
+
+def test_a_late_result_of_an_old_attempt_is_discarded() -> None:
+    r = resolver()
+    submit(r, task(1), opts={"retries": 1})
+    found = r.objects[object_id(1)]
+    assert isinstance(found, Task)
+    found.state = DISPATCHED
+    lost = failures.make("WorkerLostError", "gone")
+    assert runnable(r.handle(ev.Ended([found], lost, True))) == [object_id(1)]
+    found.state = DISPATCHED
+    stale = [1, found.id, 1, m.STORED, ["/old", 9], 1.0, 0.1, None, None]
+    assert r.handle(ev.Finished("w", [stale])) == [ev.Discard(["/old"])]
+    assert items(r.handle(ev.Ended([found], lost, True)))[found.id][1] == m.FAILED, "one retry, two attempts"
+
+
+def test_a_repeated_submit_changes_nothing_and_tells_again() -> None:
+    r = resolver()
+    submit(r, task(1))
+    assert submit(r, task(1)) == []
+    finish(r, 1)
+    assert items(submit(r, task(1)))[object_id(1)][2] == b"v"
+
+
+def test_l6_subscriptions_before_the_submit_after_the_release_and_to_nothing() -> None:
+    r = resolver()
+    r.handle(ev.Subscribed(USER, HERE, [[object_id(1), None, None, False]], 1.0))
+    submit(r, task(1))
+    assert items(finish(r, 1))[object_id(1)][1] == m.OK
+    r.handle(ev.Unsubscribed(USER, [object_id(1)]))
+    assert object_id(1) not in r.objects
+    told = r.handle(ev.Subscribed(USER, HERE, [[object_id(1), None, None, False]], 1.0))
+    assert items(told)[object_id(1)][1:3] == [m.LOST, ["released", "the object was released"]]
+    r.handle(ev.Subscribed(USER, HERE, [[object_id(2), None, None, False]], 1.0))
+    assert r.deadline == pytest.approx(601.0)
+    assert items(r.handle(ev.Tick(602.0)))[object_id(2)][2][0] == "never_submitted"  # type: ignore[index]
+
+
+def test_a_stranger_may_not_read_without_the_token() -> None:
+    r = resolver()
+    stranger = ev.Who(b"z" * 16, "peer", b"q" * 40, "endpoint")
+    r.handle(ev.Subscribed(stranger, HERE, [[object_id(1), b"x" * 16, None, False]], 1.0))
+    submit(r, task(1))
+    finish(r, 1)
+    assert stranger.party not in r.objects[object_id(1)].pins
+    told = r.handle(ev.Subscribed(stranger, HERE, [[object_id(1), None, None, False]], 1.0))
+    assert items(told)[object_id(1)][2][0] == "AuthError"  # type: ignore[index]
+    told = r.handle(ev.Subscribed(stranger, HERE, [[object_id(1), local(1)[32:], None, False]], 1.0))
+    assert items(told)[object_id(1)][1] == m.OK
+    thief = ev.Who(b"t" * 16, "user", b"t" * 40, "client")
+    told = submit(r, task(2, local(1)[:32] + bytes(16)), who=thief)
+    assert items(told)[object_id(2)][1] == m.FAILED, "another user's object is no argument without its token"
+
+
+def test_an_alias_ends_as_its_target_and_a_cycle_fails() -> None:
+    r = resolver()
+    submit(r, task(1), task(2), task(3, local(1)))
+    finish(r, 1, m.ALIAS, local(2))
+    told = finish(r, 2, m.OK, b"two")
+    assert items(told)[object_id(1)][2] == b"two"
+    assert runnable(told) == [object_id(3)]
+    submit(r, task(4), task(5))
+    finish(r, 4, m.ALIAS, local(5))
+    told = finish(r, 5, m.ALIAS, local(4))
+    assert items(told)[object_id(4)][1] == m.FAILED
+    assert items(told)[object_id(5)][2][0] == "DeadlockError"  # type: ignore[index]
+
+
+def test_a_reference_inside_a_result_is_pinned_before_it_is_told() -> None:
+    r = resolver()
+    submit(r, task(1))
+    inner = ref_to(object_id(9), THERE)
+    told = finish(r, 1, m.OK, b"holds a reference", inner)
+    assert told == [ev.Subscribe(THERE, [[object_id(9), inner[32:], None, True]])]
+    told = r.handle(ev.Outcomes(THERE, [[object_id(9), m.PENDING, None, 0, None]], "direct"))
+    assert items(told)[object_id(1)][1] == m.OK
+    told = r.handle(ev.Unsubscribed(USER, [object_id(1)]))
+    assert ev.Unsubscribe(THERE, [object_id(9)]) in told, "the pin goes with the result that held it"
+
+
+def test_a_lost_home_ends_what_waited_for_it() -> None:
+    r = resolver()
+    submit(r, task(1, ref_to(object_id(9), THERE)))
+    told = r.handle(ev.HomeLost(THERE, failures.make("EndpointLostError", "gone")))
+    assert items(told)[object_id(1)][2][0] == "DependencyError"  # type: ignore[index]
+
+
+def test_a_vanished_party_holds_nothing() -> None:
+    r = resolver()
+    submit(r, task(1))
+    finish(r, 1)
+    r.handle(ev.PartyGone(CLIENT))
+    assert not r.objects
+
+
+def test_a_later_process_of_the_owner_takes_up_a_group() -> None:
+    r = resolver()
+    submit(r, task(1), task(2))
+    finish(r, 1)
+    later = ev.Who(b"d" * 16, "user", OWNER, "client")
+    told = r.handle(ev.Attached(later, GROUP))
+    assert told[0] == ev.Tasks(later.party, GROUP, SECRET, [[object_id(1), "done"], [object_id(2), "ready"]])
+    assert items(told)[object_id(1)][2] == b"v"
+    finish(r, 2)
+    stranger = ev.Who(b"d" * 16, "user", b"z" * 40, "client")
+    assert r.handle(ev.Attached(stranger, GROUP)) == [ev.Tasks(stranger.party, GROUP, b"", [])]
+
+
+@pytest.mark.parametrize("shape", ["arguments", "dependents", "chain"])
+def test_r8_ten_thousand_edges_in_linear_time(shape: str) -> None:
+    def cost(n: int) -> float:
+        r = resolver()
+        if shape == "arguments":
+            tasks = [*[task(i) for i in range(n)], task(n, *[local(i) for i in range(n)])]
+        elif shape == "dependents":
+            tasks = [task(0), *[task(i, local(0)) for i in range(1, n)]]
+        else:
+            tasks = [task(0), *[task(i, local(i - 1)) for i in range(1, n)]]
+        began = time.perf_counter()
+        ready = [
+            i
+            for i in r.handle(ev.Submitted(USER, HERE, GROUP, SECRET, {}, [], tasks, 1.0, 1.0))
+            if isinstance(i, ev.Runnable)
+        ]
+        ran = 0
+        while ready:
+            told = []
+            for made in ready:
+                for t in made.tasks:
+                    t.state = DISPATCHED
+                    ran += 1
+                    told += r.handle(ev.Finished("w", [[1, t.id, 1, m.OK, b"v", 1.0, 0.1, None, None]]))
+            ready = [i for i in told if isinstance(i, ev.Runnable)]
+        assert ran == len(tasks)
+        return time.perf_counter() - began
+
+    small = min(cost(1000) for _ in range(3))
+    assert min(cost(10_000) for _ in range(2)) < 30 * small, (
+        "ten times the edges, far from a hundred times the time"
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(1, 3))
+def test_random_graphs_end_as_sequential_evaluation_says(dice: random.Random, sites: int) -> None:
+    world = World(dice, sites)
+    for _ in range(dice.randint(1, 25)):
+        world.submit()
+        for _ in range(dice.randint(0, 6)):
+            world.step()
+    world.drain()
+    for id in world.fate:
+        status, value = world.outcome[id]
+        wanted, wanted_value = world.expected(id)
+        assert (status in (m.OK, m.STORED)) == (wanted == m.OK), (id, status, value)
+        if wanted == m.OK:
+            assert value == wanted_value
+    for site in world.sites.values():
+        assert all(runs == 1 for runs in site.runs.values()), "each task ran once"
+        assert all(count == 1 for count in site.pulled.values()), "each value travelled here once"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(1, 3))
+def test_l1_everything_is_released_when_the_futures_are(dice: random.Random, sites: int) -> None:
+    world = World(dice, sites)
+    ids = []
+    for _ in range(dice.randint(1, 20)):
+        ids.append(world.submit())
+        for _ in range(dice.randint(0, 4)):
+            world.step()
+    world.drain()
+    # A redirected future holds its target too.
+    for id in dice.sample(ids, k=len(ids)):
+        world.release([id])
+        for _ in range(dice.randint(0, 3)):
+            world.step()
+    for site in world.sites.values():
+        world.post(CLIENT, site.id, [m.UNSUBSCRIBE, b"".join(ids)])  # what aliases were followed to
+    world.drain()
+    for site in world.sites.values():
+        assert not site.resolver.objects, {k: site.resolver.describe(k) for k in site.resolver.objects}
+        assert not site.store
+
+
+def test_ids_are_split() -> None:
+    assert split(object_id(1) + object_id(2)) == [object_id(1), object_id(2)]

@@ -1,0 +1,1 @@
+"""The room of objects: values to bytes and back."""
