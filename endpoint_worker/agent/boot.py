@@ -9,7 +9,6 @@ The order of the steps is what makes a start safe:
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import gc
 import json
 import logging
@@ -20,9 +19,10 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from endpoint_worker.agent.control import Control
 from endpoint_worker.agent.logs import log_to_stderr
@@ -33,7 +33,7 @@ from endpoint_worker.agent.start import MAX_LINE_BYTES, Order
 from endpoint_worker.config import EndpointConfig
 from endpoint_worker.journal import Journal
 from endpoint_worker.store import Store
-from endpoint_worker.store.sweep import sweep
+from endpoint_worker.store.sweep import claim, release, sweep
 from endpoint_worker.worker.channel import AgentChannel
 from endpoint_worker.worker.zygote import Zygote
 from gcref import config as limits
@@ -86,6 +86,13 @@ class Agent:
         home = Path(order.home) if order.home is not None else None
         folder = records.endpoint_dir(order.name, home) if home is not None else None
         pair = keys.load_or_create(folder / "key") if folder is not None else keys.generate()
+        if home is not None:
+            keys.load_or_create(
+                home / "keys" / "user.key"
+            )  # our owner's: to be known before their first program runs
+
+        before = records.read(order.name, home) if home is not None else None
+        self._ephemeral = before.ephemeral if before is not None else order.watch_stdin
 
         place = self._lock(order)
         nonce = secrets.token_hex(16)
@@ -128,8 +135,8 @@ class Agent:
         bulk.listen(bulk_ipc)
         control, bulks = [control_ipc] if "ipc" in ways else [], [bulk_ipc] if "ipc" in ways else []
         if "direct" in ways and not order.private:
-            control += self._listen_tcp(carrier.listen, settings, settings.port)
-            bulks += self._listen_tcp(bulk.listen, settings, settings.bulk_port)
+            control += self._listen_tcp(carrier.listen, settings, settings.listen_address())
+            bulks += self._listen_tcp(bulk.listen, settings, settings.bulk_listen_address())
 
         def authorize(key: bytes | None, hello: Hello) -> str | None:
             if key is None:  # ipc: whoever can open the socket is this very user
@@ -152,6 +159,7 @@ class Agent:
             store=store,
             bulk=bulk,
             neighbours=Neighbours(home, ways),
+            allowed=allowed,
             journal=journal,
             endpoint_lost_s=settings.endpoint_lost_s,
             lease_s=settings.lease_s,
@@ -172,20 +180,19 @@ class Agent:
 
     def _lock(self, order: Order) -> Path:
         """Be the only process of this endpoint on this machine, and clear away what dead ones left."""
-        sweep(limits.host_dir())
+        sweep(limits.host_dir(), limits.disk_dir())
         place = limits.host_dir(order.id)
-        descriptor = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
+            lock = claim(place)
+        except BlockingIOError:
             raise ConfigError(
                 f"endpoint {order.name!r} runs already on this machine; stop it with "
                 f"'endpoint-worker stop {order.name}', or choose another name",
                 key="name",
                 remedy=f"endpoint-worker stop {order.name}",
             ) from None
-        self._closing.callback(_remove_place, place, descriptor)
+        self._closing.callback(release, place, lock)
+        self._closing.callback(_remove_disk, limits.disk_dir(order.id))
         return place
 
     def _zygote(self, order: Order, place: Path) -> Zygote:
@@ -199,26 +206,33 @@ class Agent:
             sys.path[:] = own
 
     def _spill_folder(self, order: Order, settings: EndpointConfig) -> Path:
-        folder = settings.spill_dir or limits.disk_dir(order.id)
-        return Path(folder) / "spill"
+        if settings.spill_dir is not None:
+            folder = (
+                settings.spill_dir / f"gcref-{order.id.hex()}"
+            )  # others may have been told the same place
+            self._closing.callback(shutil.rmtree, folder, ignore_errors=True)
+            return folder
+        return limits.disk_dir(order.id) / "spill" / "objects"
 
-    def _listen_tcp(self, listen: Any, settings: EndpointConfig, port: int) -> list[str]:
-        address = listen(f"tcp://{settings.bind}:{port or '*'}")
-        bound = address.rpartition(":")[2]
-        hosts = settings.advertise or (settings.bind,)
-        return [f"tcp://{host}:{bound}" for host in hosts]
+    def _listen_tcp(self, listen: Callable[[str], str], settings: EndpointConfig, address: str) -> list[str]:
+        return list(settings.advertised(listen(address)))
 
     def _journal(self, order: Order, settings: EndpointConfig) -> Journal | None:
         if order.private or not settings.journal:
             return None
-        path = limits.disk_dir(order.id) / "journal"
+        folder = limits.disk_dir(order.id)
+        if self._ephemeral:
+            folder /= (
+                "spill"  # which goes with us, also after our death: nobody will start this endpoint again
+            )
+            folder.mkdir(mode=0o700, exist_ok=True)
+        path = folder / "journal"
         path.unlink(missing_ok=True)  # the graph of an earlier life is not taken up again
         return Journal(path, fsync=settings.journal_fsync)
 
     def _publish(
         self, order: Order, pair: keys.KeyPair, control: list[str], bulk: list[str], nonce: str, home: Path
     ) -> None:
-        before = records.read(order.name, home)
         record = EndpointRecord(
             id=order.id,
             name=order.name,
@@ -229,7 +243,7 @@ class Agent:
             pid=os.getpid(),
             started=time.time(),
             running=True,
-            ephemeral=before.ephemeral if before is not None else order.watch_stdin,
+            ephemeral=self._ephemeral,
         )
         records.write(record, home)
         self._closing.callback(_withdraw, record, home)
@@ -268,10 +282,11 @@ def _worker_env(settings: EndpointConfig) -> dict[str, str]:
     return env
 
 
-def _remove_place(place: Path, lock: int) -> None:
-    """Remove the endpoint's folder in shared memory, then let the lock go."""
-    shutil.rmtree(place, ignore_errors=True)
-    os.close(lock)
+def _remove_disk(folder: Path) -> None:
+    """Remove what is of no use without us from the endpoint's folder on disk, and the folder if that was all."""
+    shutil.rmtree(folder / "spill", ignore_errors=True)
+    with suppress(OSError):  # a journal is there
+        folder.rmdir()
 
 
 def _withdraw(record: EndpointRecord, home: Path) -> None:

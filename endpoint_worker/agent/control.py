@@ -21,7 +21,7 @@ from typing import Any, Final
 from endpoint_worker import journal as journals
 from endpoint_worker.agent import inbox
 from endpoint_worker.agent.functions import Functions
-from endpoint_worker.agent.neighbours import Neighbours
+from endpoint_worker.agent.neighbours import KeyRing, Neighbours
 from endpoint_worker.agent.pool import Message, Pool
 from endpoint_worker.store import Store
 from endpoint_worker.worker import channel
@@ -43,6 +43,7 @@ from gcref.wire import messages as m
 
 log = logging.getLogger("gcref.agent")
 
+NOTIFY_LATER_S: Final = 0.002  # how long outcomes wait for company that only their submitter has not heard of
 OUTCOME_ITEMS_MAX: Final = 256  # in one message: 256 inline values of 100 KiB stay below the message limit
 
 
@@ -59,6 +60,7 @@ class Control:
         store: the bytes.
         bulk: the thread that moves bytes.
         neighbours: finds other endpoints.
+        allowed: whose keys may come in over TCP.
         journal: where events are logged before they count, or None.
         endpoint_lost_s: how long another endpoint may be away before it is given up, seconds.
         lease_s: how long an absent client keeps its pins, seconds.
@@ -78,6 +80,7 @@ class Control:
         store: Store,
         bulk: bk.BulkThread,
         neighbours: Neighbours,
+        allowed: KeyRing,
         journal: journals.Journal | None,
         endpoint_lost_s: float,
         lease_s: float,
@@ -92,6 +95,7 @@ class Control:
         self._store = store
         self._bulk = bulk
         self._neighbours = neighbours
+        self._allowed = allowed
         self._journal = journal
         self._endpoint_lost_s = endpoint_lost_s
         self._lease_s = lease_s
@@ -99,6 +103,9 @@ class Control:
         self._stopping = False
         self._started = time.time()
         self._absent: dict[bytes, tuple[float, str]] = {}  # party: when it is given up, its kind
+        self._owner_keys: dict[bytes, bytes] = {}  # whose bytes are taken only from a link that proved this key
+        self._later: dict[bytes, list[Any]] = {}
+        self._later_at: float | None = None
         self._cancels: dict[bytes, list[bytes]] = {}  # id: parties that wait for the answer
         self._forced: set[bytes] = set()  # cancels that may kill
         self._killed: dict[int, list[Any]] = {}  # workers that we kill, and what their task is told
@@ -120,6 +127,7 @@ class Control:
             ev.Runnable: lambda i, now: self._obey(self._dispatch.handle(dp.Ready(i.tasks, now)), now),
             ev.Withdraw: lambda i, now: self._obey(self._dispatch.handle(dp.Withdraw(i.tasks, now)), now),
             ev.Notify: lambda i, now: self._notify(i.party, i.items),
+            ev.NotifyLater: self._notify_later,
             ev.Subscribe: lambda i, now: self._to_home(i.home, [m.SUBSCRIBE, i.home, i.items], now),
             ev.Unsubscribe: lambda i, now: self._to_home(i.home, [m.UNSUBSCRIBE, b"".join(i.ids)], now),
             ev.Forget: lambda i, now: self._peers.send(i.party, [m.FORGET, b"".join(i.ids)]),
@@ -164,6 +172,9 @@ class Control:
             if self._bulk.completions:
                 self._bulk_done(now)
             self._due(now)
+            if revoked := self._allowed.revoked(now):
+                log.info("the keys of %d others have no rights any more", len(revoked))
+                self._obey(peers.handle(pe.Revoke(revoked, now)), now)
             if self._journal is not None:
                 self._journal.commit()
             self._obey(peers.flush(now), now)
@@ -197,12 +208,18 @@ class Control:
             )
             if d is not None
         ]
+        if self._later_at is not None:
+            deadlines.append(self._later_at)
         if self._absent:
             deadlines.append(min(until for until, _kind in self._absent.values()))
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _due(self, now: float) -> None:
         """Tell each brain whose deadline has come."""
+        if self._later_at is not None and self._later_at <= now:
+            later, self._later, self._later_at = self._later, {}, None
+            for party, items in later.items():
+                self._notify(party, items)
         if (at := self._dispatch.deadline) is not None and at <= now:
             self._obey(self._dispatch.handle(dp.Tick(self._pool.progress(), now)), now)
         if (at := self._peers.deadline) is not None and at <= now:
@@ -235,11 +252,12 @@ class Control:
             self._journal.append(journals.PACKET, delivered.party, delivered.raw_frame)
         unix = time.time()
         carrier = delivered.carrier
+        self._owner_keys[who.party] = who.owner
         for message in delivered.messages:
             kind = message[0]
             try:
                 if not inbox.allowed(kind, who):
-                    self._refuse(kind, who)
+                    self._refuse(message, who)
                     continue
                 event = inbox.event_of(message, who, carrier, now, unix)
                 if event is not None:
@@ -249,12 +267,14 @@ class Control:
             except (ValueError, TypeError, IndexError, KeyError, AttributeError):
                 log.exception("a message of kind %s from %s was not understood", kind, ids.text(who.party))
 
-    def _refuse(self, kind: int, who: ev.Who) -> None:
+    def _refuse(self, message: list[Any], who: ev.Who) -> None:
+        what = m.NAMES[message[0]]
         self._refused += 1
         if self._refused <= 10:
-            log.warning(
-                "refused: message kind %s from %s, whose role is %s", kind, ids.text(who.party), who.role
-            )
+            log.warning("refused: %s from %s, whose role is %s", what, ids.text(who.party), who.role)
+        text = f"endpoint {self.name} lets your key in as a {who.role}, which may not {what}; its owner can change that"
+        failure = failures.make("AuthError", text)
+        self._notify(who.party, [[id, m.FAILED, failure, 0, None] for id in inbox.awaited(message)])
 
     def _other_message(self, kind: int, message: list[Any], who: ev.Who, now: float) -> None:
         if kind == m.FUNCTION:
@@ -334,6 +354,11 @@ class Control:
                     self._to_home(relay.home, [m.FUNCTION, digest, code], now)
         self._to_home(relay.home, message, now)
 
+    def _notify_later(self, later: ev.NotifyLater, now: float) -> None:
+        self._later.setdefault(later.party, []).extend(later.items)
+        if self._later_at is None:
+            self._later_at = now + NOTIFY_LATER_S
+
     def _notify(self, party: bytes, items: list[Any]) -> None:
         for at in range(0, len(items), OUTCOME_ITEMS_MAX):
             self._peers.send(party, [m.OUTCOME, items[at : at + OUTCOME_ITEMS_MAX]])
@@ -347,7 +372,7 @@ class Control:
             attempt = obj.attempt
         else:
             token, mode, attempt = self._resolver.token_of(obj), m.MODE_INTO, 1
-        self._bulk.pull(obj.id, attempt, obj.size, source, token, mode)
+        self._bulk.pull(obj.id, attempt, obj.size, source, token, mode, self._owner_keys.get(source))
 
     def _bulk_done(self, now: float) -> None:
         pulled: list[tuple[bytes, int, str, int]] = []
@@ -593,6 +618,7 @@ class Control:
             "links": {ids.text(party): self._peers.describe(party) for party in self._peers.parties()},
             "journal_bytes": self._journal.size_bytes if self._journal is not None else 0,
             "refused_messages": self._refused,
+            "dropped_packets": dict(self._peers.counts),
         }
 
 

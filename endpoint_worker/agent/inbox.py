@@ -33,6 +33,14 @@ def split_ids(joined: bytes) -> list[bytes]:
     return [joined[at : at + ID_BYTES] for at in range(0, len(joined), ID_BYTES)]
 
 
+def awaited(message: list[Any]) -> list[bytes]:
+    """The ids whose outcome the sender of a message waits for: what it is told about when the message is refused."""
+    kind = message[0]
+    if kind == m.SUBMIT:
+        return [task[0] for task in message[6]]
+    return [item[0] for item in message[4]] if kind == m.OFFER else []
+
+
 def event_of(message: list[Any], who: ev.Who, carrier: str, now: float, unix: float) -> Any:
     """The resolver's event for a message, or None for a kind that is not for the resolver.
 

@@ -1,7 +1,8 @@
 """Who else there is: the records of other endpoints, and whose keys may come in.
 
 Both are read from `GCREF_HOME`, which other processes write while we run: an endpoint that started after us, a key that was
-added or removed. So an unknown key, and a known one now and then, makes us look again.
+added or removed. So an unknown key makes us look again, and while there is anything to do the files' dates are looked at
+now and then: a key that was taken out loses its open connections too.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from gcref.directory import records
 from gcref.directory.records import Candidate
 from gcref.errors import ConfigError
 
-LOOK_AGAIN_S: Final = 1.0  # known keys are looked up again after this: a revoked one acts so soon
-MISSED_S: Final = 0.01  # the shortest time between two looks for unknown keys: strangers must not keep the disk busy
+LOOK_AGAIN_S: Final = 1.0  # the shortest time between two looks at the dates of the files
+UNKNOWN_LOOK_AGAIN_S: Final = (
+    0.01  # between two reads of them for unknown keys: strangers must not keep us reading
+)
 
 
 class Found(NamedTuple):
@@ -68,13 +71,35 @@ class KeyRing(Mapping[bytes, str]):
         self._authorized = authorized
         self._home = home
         self._keys: dict[bytes, str] = {}
-        self._looked = float("-inf")
-        self._look(0.0)
+        self._dates: tuple[int, ...] = ()
+        self._read_at = self._dated_at = float("-inf")
+        self._given: dict[bytes, str] = {}  # every right that was given since `revoked` was last asked
+        self._read()
 
-    def _look(self, after_s: float) -> None:
-        now = time.monotonic()
-        if now - self._looked < after_s:
-            return
+    def revoked(self, now: float) -> list[bytes]:
+        """Look at the files if it is time to, and say which keys have lost their rights since.
+
+        Args:
+            now: seconds of the monotonic clock.
+        """
+        if now - self._dated_at < LOOK_AGAIN_S:
+            return []
+        self._dated_at = now
+        if self._dates_now() != self._dates:
+            self._read()
+        given, self._given = self._given, dict(self._keys)
+        return [key for key, role in given.items() if self._keys.get(key) != role]
+
+    def _dates_now(self) -> tuple[int, ...]:
+        if self._home is None:
+            return ()
+        paths = [records.endpoints_dir(self._home), self._home / "keys" / "user.key"]
+        if self._authorized is not None:
+            paths.append(self._authorized)
+        return tuple(_date(path) for path in paths)
+
+    def _read(self) -> None:
+        self._dates = self._dates_now()  # before the files: what changes while we read is read again
         found: dict[bytes, str] = {}
         if self._home is not None:
             for record in records.list_records(self._home):
@@ -89,12 +114,12 @@ class KeyRing(Mapping[bytes, str]):
                 # Somebody is in the middle of editing it: those who were let in stay, nobody is added.
                 found.update({key: role for key, role in self._keys.items() if key not in found})
         self._keys = found
-        self._looked = now
+        self._given = found | self._given
+        self._read_at = time.monotonic()
 
     def __getitem__(self, key: bytes) -> str:
-        self._look(LOOK_AGAIN_S)
-        if key not in self._keys:
-            self._look(MISSED_S)
+        if key not in self._keys and time.monotonic() - self._read_at >= UNKNOWN_LOOK_AGAIN_S:
+            self._read()
         return self._keys[key]
 
     def __iter__(self) -> Iterator[bytes]:
@@ -102,3 +127,10 @@ class KeyRing(Mapping[bytes, str]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def _date(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

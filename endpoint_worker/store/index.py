@@ -20,134 +20,14 @@ The methods return the segments whose files the shell is to unlink. Every operat
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from typing import Final, NamedTuple
+from typing import Final
 
+from endpoint_worker.store.model import PULL, Idle, Object, Reserved, Segment, Spill, capacity_for
+from endpoint_worker.store.pool import Pool
 from gcref.errors import StoreFullError
 
-# A pooled segment may be this much larger than asked: more would hide memory, less would miss near fits.
-_FIT_STEPS: Final = 4
-# Capacities are in steps of 1/16 of the power of two below: at most 6 % is lost to rounding.
-_STEP_SHIFT: Final = 4
-_PAGE_BYTES: Final = 4096
 # A spill makes room for a quarter of the limit at once, so that not every allocation overflows.
 _SPILL_SHARE: Final = 0.25
-# Pooled segments that fall due within this time are trimmed together: one wake-up instead of many.
-_TRIM_GRAIN_S: Final = 1.0
-
-# The writer of a segment that a pull fills; workers have numbers from 0 on.
-PULL: Final = -1
-
-
-class Segment:
-    """One file.
-
-    Attributes:
-        number: its name, unique in the life of a store.
-        capacity: bytes that it counts for.
-        disk: it lies on disk, not in memory.
-        writer: the worker that fills it, or `PULL`; None once it is sealed.
-        owner: id of the object that lies in it; None while it is written, dying or pooled.
-        grants: by worker, how many times it was told that it may map it and has not returned that.
-        readers: sends and copies of it under way in this process.
-        exposed: somebody whom we cannot ask may see it.
-        crc: of the bytes of a spilled object; None: not known, or not needed.
-        pooled_at: when it was pooled.
-    """
-
-    __slots__ = (
-        "capacity",
-        "crc",
-        "disk",
-        "exposed",
-        "grants",
-        "number",
-        "owner",
-        "pooled_at",
-        "readers",
-        "writer",
-    )
-
-    def __init__(self, number: int, capacity: int, disk: bool, writer: int | None) -> None:
-        self.number = number
-        self.capacity = capacity
-        self.disk = disk
-        self.writer = writer
-        self.owner: bytes | None = None
-        self.grants: dict[int, int] = {}
-        self.readers = 0
-        self.exposed = False
-        self.crc: int | None = None
-        self.pooled_at = 0.0
-
-    @property
-    def seen(self) -> bool:
-        """Somebody writes or may see its bytes, now."""
-        return self.writer is not None or bool(self.grants) or self.readers > 0
-
-
-class Object:
-    """A sealed object."""
-
-    __slots__ = ("attempt", "cache", "id", "pins", "segment", "size", "spilling")
-
-    def __init__(self, id: bytes, attempt: int, size: int, segment: Segment, cache: bool) -> None:
-        self.id = id
-        self.attempt = attempt
-        self.size = size
-        self.segment = segment
-        self.cache = cache
-        self.pins = 0
-        self.spilling = False
-
-    @property
-    def idle(self) -> bool:
-        """It may be evicted or spilled."""
-        return not (self.pins or self.spilling or self.segment.grants or self.segment.readers)
-
-
-class _Idle:
-    """Objects that may go, least recently used first, and what they take."""
-
-    __slots__ = ("bytes", "objects")
-
-    def __init__(self) -> None:
-        self.objects: OrderedDict[bytes, Object] = OrderedDict()
-        self.bytes = 0
-
-    def add(self, found: Object) -> None:
-        self.objects[found.id] = found
-        self.bytes += found.segment.capacity
-
-    def remove(self, found: Object) -> None:
-        if self.objects.pop(found.id, None) is not None:
-            self.bytes -= found.segment.capacity
-
-    def oldest(self) -> Object:
-        return next(iter(self.objects.values()))
-
-
-class Reserved(NamedTuple):
-    """Room for an object: the segment, whether its pages are warm, and what had to go for it."""
-
-    segment: Segment
-    warm: bool
-    unlink: list[Segment]
-
-
-class Spill(NamedTuple):
-    """Copy this object from its segment to the other one, then tell `spilled`."""
-
-    object: Object
-    source: Segment
-    target: Segment
-
-
-def capacity_for(size: int) -> int:
-    """The capacity of a segment for an object of this size: the next step of its size class, in bytes."""
-    size = max(size, 1)
-    step = max(_PAGE_BYTES, 1 << max(size.bit_length() - 1 - _STEP_SHIFT, 0))
-    return -(-size // step) * step
 
 
 class Index:
@@ -164,20 +44,17 @@ class Index:
     ) -> None:
         self.limit_bytes = limit_bytes
         self.spill_limit_bytes = spill_limit_bytes
-        self.pool_trim_s = pool_trim_s
         self.objects: dict[bytes, Object] = {}
         self.segments: dict[int, Segment] = {}
         self.memory_bytes = 0
         self.disk_bytes = 0
-        self.pooled_bytes = 0
         self.spill_count = 0
         self.evict_count = 0
         self._next_number = 1
-        self._pool: OrderedDict[int, Segment] = OrderedDict()  # oldest first
-        self._fits: dict[int, deque[Segment]] = {}  # the pool by capacity, oldest first
-        self._idle = _Idle()
-        self._idle_caches = _Idle()
-        self._idle_disk_caches = _Idle()
+        self._pool = Pool(pool_trim_s)
+        self._idle = Idle()
+        self._idle_caches = Idle()
+        self._idle_disk_caches = Idle()
         self._spilling_bytes = 0
         self._overflow_bytes = 0  # the largest reservation that went to disk since the last `victims`
         self._by_worker: dict[int, dict[int, Segment]] = {}  # segments that a worker writes or was granted
@@ -204,8 +81,9 @@ class Index:
                 "raise store_limit_bytes in the endpoint's configuration, or return the data in parts",
             )
         if not disk:
-            pooled = self._take_pooled(capacity)
+            pooled = self._pool.take(capacity)
             if pooled is not None:
+                pooled.use += 1
                 return Reserved(self._start_writing(pooled, writer), True, [])
             unlink = self._make_room(capacity)
             if unlink is not None:
@@ -362,7 +240,7 @@ class Index:
             return []
         wanted = min(self.limit_bytes, max(self._overflow_bytes, int(self.limit_bytes * _SPILL_SHARE)))
         self._overflow_bytes = 0
-        goes = self.pooled_bytes + self._idle_caches.bytes + self._spilling_bytes
+        goes = self._pool.bytes + self._idle_caches.bytes + self._spilling_bytes
         chosen: list[Spill] = []
         while self._idle.objects and self.memory_bytes - goes > self.limit_bytes - wanted:
             found = self._idle.oldest()
@@ -402,33 +280,38 @@ class Index:
             target.owner, source.owner = source.owner, None
             found.segment = target
             self.spill_count += 1
+            self._settle(found)
             unlink = []
         return unlink + self._unseen(source, now)
 
+    def set_cache(self, id: bytes, cache: bool) -> None:
+        """Whether it may be dropped when memory is short. Unknown ids are passed over."""
+        found = self.objects.get(id)
+        if found is not None and found.cache != cache:
+            self._unlist(found)
+            found.cache = cache
+            self._settle(found)
+
     def trim(self, now: float) -> list[Segment]:
         """Drop what has been pooled for too long."""
-        unlink: list[Segment] = []
-        oldest = self._oldest()
-        if oldest is None or oldest.pooled_at + self.pool_trim_s > now:
-            return unlink
-        due = now - self.pool_trim_s + min(_TRIM_GRAIN_S, self.pool_trim_s / 4)
-        while oldest is not None and oldest.pooled_at <= due:
-            unlink.append(self._drop_oldest(oldest))
-            oldest = self._oldest()
-        return unlink
+        return [self._gone(segment) for segment in self._pool.due(now)]
 
     def drop_pool(self) -> list[Segment]:
         """Drop all pooled segments: memory is scarcer than the accounts say."""
         unlink: list[Segment] = []
-        while (oldest := self._oldest()) is not None:
-            unlink.append(self._drop_oldest(oldest))
+        while (oldest := self._pool.drop_oldest()) is not None:
+            unlink.append(self._gone(oldest))
         return unlink
+
+    @property
+    def pooled_bytes(self) -> int:
+        """What pooled segments take."""
+        return self._pool.bytes
 
     @property
     def deadline(self) -> float | None:
         """When `trim` has something to do; None: never, as things are."""
-        oldest = self._oldest()
-        return None if oldest is None else oldest.pooled_at + self.pool_trim_s
+        return self._pool.deadline
 
     def validate(self) -> None:
         """Check the accounts against themselves. For tests; takes as long as there are segments.
@@ -439,9 +322,7 @@ class Index:
         here = self.segments.values()
         assert self.memory_bytes == sum(s.capacity for s in here if not s.disk) <= self.limit_bytes
         assert self.disk_bytes == sum(s.capacity for s in here if s.disk)
-        assert self.pooled_bytes == sum(s.capacity for s in self._pool.values())
-        assert {s.number for stack in self._fits.values() for s in stack} == self._pool.keys()
-        assert not [s for s in self._pool.values() if s.seen or s.exposed or s.disk or s.owner is not None]
+        self._pool.validate()
         assert {id: found.segment.owner for id, found in self.objects.items()} == {
             id: id for id in self.objects
         }
@@ -492,40 +373,15 @@ class Index:
         if writer is not None and writer != PULL:
             del self._by_worker[writer][segment.number]
 
-    def _take_pooled(self, capacity: int) -> Segment | None:
-        step = max(_PAGE_BYTES, 1 << max(capacity.bit_length() - 1 - _STEP_SHIFT, 0))
-        for fit in range(capacity, capacity + (_FIT_STEPS + 1) * step, step):
-            stack = self._fits.get(fit)
-            if stack:
-                segment = stack.pop()  # the one pooled last has the warmest pages
-                if not stack:
-                    del self._fits[fit]
-                del self._pool[segment.number]
-                self.pooled_bytes -= segment.capacity
-                return segment
-        return None
-
-    def _oldest(self) -> Segment | None:
-        return next(iter(self._pool.values()), None)
-
-    def _drop_oldest(self, oldest: Segment) -> Segment:
-        del self._pool[oldest.number]
-        stack = self._fits[oldest.capacity]
-        stack.popleft()  # the oldest of all is the oldest of its capacity
-        if not stack:
-            del self._fits[oldest.capacity]
-        self.pooled_bytes -= oldest.capacity
-        return self._gone(oldest)
-
     def _make_room(self, capacity: int) -> list[Segment] | None:
         """Make room in memory; None, and nothing done, when what may go is not enough."""
         over = self.memory_bytes + capacity - self.limit_bytes
-        if over > self.pooled_bytes + self._idle_caches.bytes:
+        if over > self._pool.bytes + self._idle_caches.bytes:
             return None
         unlink: list[Segment] = []
-        while over > 0 and (oldest := self._oldest()) is not None:
+        while over > 0 and (oldest := self._pool.drop_oldest()) is not None:
             over -= oldest.capacity
-            unlink.append(self._drop_oldest(oldest))
+            unlink.append(self._gone(oldest))
         while over > 0:
             cache = self._idle_caches.oldest()
             over -= cache.segment.capacity
@@ -574,13 +430,10 @@ class Index:
     def _retire(self, segment: Segment, now: float) -> list[Segment]:
         if segment.disk or segment.exposed:
             return [self._gone(segment)]
-        segment.pooled_at = now
-        self._pool[segment.number] = segment
-        self._fits.setdefault(segment.capacity, deque()).append(segment)
-        self.pooled_bytes += segment.capacity
+        self._pool.add(segment, now)
         return []
 
-    def _list_of(self, found: Object) -> _Idle | None:
+    def _list_of(self, found: Object) -> Idle | None:
         if not found.segment.disk:
             return self._idle_caches if found.cache else self._idle
         return self._idle_disk_caches if found.cache else None

@@ -23,12 +23,14 @@ import os
 import threading
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Final, NamedTuple
 
 from endpoint_worker.store import segments
-from endpoint_worker.store.index import PULL, Index, Object, Segment, Spill
+from endpoint_worker.store.background import Background
+from endpoint_worker.store.index import Index
+from endpoint_worker.store.model import PULL, Object, Reserved, Segment, Spill
 from gcref import ids as id_module
 from gcref.errors import LostReason, ObjectLostError, StoreFullError
 
@@ -194,8 +196,7 @@ class Store:
         self._stuck: list[_Mapped] = []
         self._retry_at = 0.0
         self._checked: set[int] = set()  # segments whose crc was found right in this process
-        self._jobs: SimpleQueue[Spill | str | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._background = Background("gcref-store")
         self._closed = False
 
     # ------------------------------------------------------------------------------------------------ writing
@@ -381,14 +382,10 @@ class Store:
             self._index.unpin(id)
 
     def set_cache(self, ids: Iterable[bytes], cache: bool) -> None:
-        """Say whether these copies of other homes' objects may be dropped when there is no room."""
+        """Say whether these may be dropped when there is no room: copies of other homes' objects that nobody needs now."""
         with self._lock:
             for id in ids:
-                found = self._index.objects.get(id)
-                if found is not None and found.cache != cache:
-                    self._index._unlist(found)
-                    found.cache = cache
-                    self._index._settle(found)
+                self._index.set_cache(id, cache)
 
     def free(self, ids: Iterable[bytes]) -> None:
         """Nobody wants these any more; unknown ids are passed over. Bytes that are seen go when they are not."""
@@ -442,9 +439,7 @@ class Store:
     def close(self) -> None:
         """Remove every file. Only when the workers are dead and the bulk thread has ended."""
         self._closed = True
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join()
+        self._background.close()
         self._folders.remove()
 
     # ------------------------------------------------------------------------------------------------- inside
@@ -452,13 +447,15 @@ class Store:
     def _path(self, segment: Segment) -> str:
         return self._folders.path(segment)
 
-    def _reserve(self, size: int, writer: int, *, disk: bool = False) -> Any:
+    def _reserve(self, size: int, writer: int, *, disk: bool = False) -> Reserved:
         with self._lock:
             found = self._index.reserve(size, writer, disk=disk)
             spills = self._index.victims()
         self._unlink(found.unlink)
+        if found.warm:
+            self._folders.name_again(found.segment)
         for spill in spills:
-            self._submit(spill)
+            self._background.submit(partial(self._spill, spill))
         return found
 
     def _written(self, path: str) -> Segment:
@@ -560,25 +557,7 @@ class Store:
             if segment.capacity <= _UNLINK_INLINE_BYTES:
                 segments.unlink(path)
             else:
-                self._submit(path)
-
-    def _submit(self, job: Spill | str) -> None:
-        self._jobs.put(job)
-        if self._thread is None:
-            self._start_thread()
-
-    def _start_thread(self) -> None:
-        with self._lock:
-            if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="gcref-store", daemon=True)
-                self._thread.start()
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if isinstance(job, str):
-                segments.unlink(job)
-            else:
-                self._spill(job)
+                self._background.submit(partial(segments.unlink, path))
 
     def _spill(self, spill: Spill) -> None:
         crc: int | None = None

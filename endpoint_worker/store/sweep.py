@@ -94,6 +94,7 @@ def _parties(root: Path) -> list[str]:
 
 def _is_left(folder: Path) -> bool:
     """Whether a folder may be one that a dead party left; an empty one goes at once."""
+    age_s = 0.0
     try:
         age_s = time.time() - folder.stat().st_mtime
         if (folder / LOCK).exists():

@@ -26,12 +26,13 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Coroutine
 from queue import SimpleQueue
-from types import CoroutineType, TracebackType
+from types import CoroutineType
 from typing import Any, Final
 
 from endpoint_worker.store import segments
 from endpoint_worker.worker import channel
 from endpoint_worker.worker.channel import KEEP, LEASE_MARGIN_S, WorkerChannel
+from endpoint_worker.worker.lending import Lender
 from endpoint_worker.worker.output import Output
 from endpoint_worker.worker.page import Page
 from endpoint_worker.worker.values import RECENT_MAX, SMALL_BYTES, Kept, Mappings
@@ -40,7 +41,7 @@ from gcref.config import EXCEPTION_MAX_BYTES, INLINE_MAX_BYTES
 from gcref.errors import GcrefError, LocalProtocolError
 from gcref.objects import blob, failure
 from gcref.objects.functions import load_function
-from gcref.objects.serialize import dumps, loads, loads_call
+from gcref.objects.serialize import dumps, dumps_call, loads, loads_call
 from gcref.task_context import TaskContext
 from gcref.wire import codec
 from gcref.wire.messages import ALIAS, FAILED, OK, STORED
@@ -63,6 +64,8 @@ _TROUBLES_MAX: Final = 20
 
 # Values of these types are neither coroutines nor futures.
 _PLAIN_TYPES: Final = frozenset((type(None), bool, int, float, str, bytes, list, tuple, dict, set))
+
+_NO_ARGUMENTS: Final = blob.join(dumps_call(None, (), {}).encoded)
 
 _clock = time.monotonic
 
@@ -122,7 +125,13 @@ class Runtime:
         self._output = output
         self._worker = worker
         self._endpoint = endpoint
-        self._context = TaskContext(agent_id, control_address, bulk_address, party, lambda: _Lending(self))
+        self._context = TaskContext(
+            agent_id,
+            control_address,
+            bulk_address,
+            party,
+            Lender(self._may_lend, self._lend, self._resume).blocking,
+        )
         self._functions: dict[bytes, _Function] = {}
         self._queue: deque[list[Any]] = deque()
         self._lease = 0.0
@@ -132,7 +141,6 @@ class Runtime:
         self._unix_offset = 0.0  # seconds from the monotonic clock to Unix time
         # Of the task that runs.
         self._running: list[Any] | None = None
-        self._lent = 0
         # What tasks look at.
         self._mappings = Mappings()
         self._kept = Kept()
@@ -253,9 +261,12 @@ class Runtime:
             try:
                 if args is not None or deps:
                     payload = self._map_arguments(payload, args, deps)
-                fn, arguments, keywords = loads_call(
-                    payload, self._resolver(deps) if deps else _no_dependency
-                )
+                if payload == _NO_ARGUMENTS:
+                    fn, arguments, keywords = None, (), {}
+                else:
+                    fn, arguments, keywords = loads_call(
+                        payload, self._resolver(deps) if deps else _no_dependency
+                    )
                 if function is not None:
                     fn = function.call or function.load()
                 elif digest is not None:
@@ -470,7 +481,7 @@ class Runtime:
         self._pass_over(entry)
         self._given_back.append(entry[0])
 
-    def give_back_all(self) -> None:
+    def _give_back_all(self) -> None:
         """Give back whatever has not started."""
         while self._queue:
             self._give_back(self._queue.popleft())
@@ -527,19 +538,22 @@ class Runtime:
 
     # --------------------------------------------------------------------------------------------- lent slots
 
-    def lend(self) -> None:
+    def _may_lend(self) -> bool:
+        return self._running is not None and not self._forked
+
+    def _lend(self) -> None:
         """The running task waits for a future: its slot may be lent.
 
         Raises:
             DeadlockError: too many wait already.
         """
-        self.give_back_all()
+        self._give_back_all()
         answer = self._request([channel.BLOCKED, self._context.task_id], (channel.SLOT,))
-        self.give_back_all()  # what was on its way meanwhile
+        self._give_back_all()  # what was on its way meanwhile
         if not answer[1]:
             raise failure.to_exception(answer[2])
 
-    def resume(self) -> None:
+    def _resume(self) -> None:
         """It has its value: wait for a slot.
 
         Raises:
@@ -556,39 +570,6 @@ class Runtime:
         self._forked = True
         self._armed = True
         task_context.current = None
-
-
-class _Lending:
-    """Surrounds a wait in a task's main thread: the slot is lent meanwhile. Nested ones lend it once."""
-
-    __slots__ = ("_is_outermost", "_runtime")
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self._is_outermost = False
-
-    def __enter__(self) -> None:
-        runtime = self._runtime
-        if runtime._running is None or runtime._forked or not _in_main_thread():
-            return
-        if runtime._lent == 0:
-            runtime.lend()
-        runtime._lent += 1
-        self._is_outermost = True
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._is_outermost:
-            return
-        runtime = self._runtime
-        runtime._lent -= 1
-        if runtime._lent == 0:
-            runtime.resume()
-
-
-def _in_main_thread() -> bool:
-    return threading.get_ident() == threading.main_thread().ident
 
 
 def _is_future(kind: type) -> bool:

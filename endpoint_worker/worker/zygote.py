@@ -91,9 +91,10 @@ class Exited(NamedTuple):
         signal: the number of the signal; None: it exited.
         stderr: the last lines that it wrote there.
         progress: seq of the entry that it started last.
-        results: what it finished and may not have been able to send, as in DONE and in order; with some that came
-            already. Take them like a DONE, *before* `Store.worker_gone`. After that, of the entries it held, the
-            one whose seq is `progress` was running, and the others never started.
+        results: what it finished and may not have been able to send, as in DONE and in order (all that it noted
+            last, but for those that `received` told of). Take them like a DONE, *before* `Store.worker_gone`.
+            After that, of the entries it held, the one whose seq is `progress` was running, and the others never
+            started.
     """
 
     worker: int
@@ -126,6 +127,7 @@ class Zygote:
         self._directory = directory
         self._log_directory = log_directory
         self._workers: dict[int, tuple[pages.Page, _Files]] = {}
+        self._received: dict[int, int] = {}
         self._logs: list[_Files] = []
         self._broken = False
 
@@ -181,6 +183,11 @@ class Zygote:
         """The seq of the entry that a worker started last; 0: none, or no such worker."""
         found = self._workers.get(worker)
         return found[0].progress if found is not None else 0
+
+    def received(self, worker: int, seq: int) -> None:
+        """A worker's results up to this one have come: its exit need not tell them again."""
+        if worker in self._workers:
+            self._received[worker] = seq
 
     def read(self) -> list[Spawned | Exited]:
         """What has happened. Never blocks.
@@ -238,7 +245,8 @@ class Zygote:
     def _exited(self, worker: int, pid: int, exit_code: int | None, signal_number: int | None) -> Exited:
         page, files = self._workers.pop(worker)
         progress = page.progress
-        results = [codec.unpack(packed) for packed in page.results()]
+        received = self._received.pop(worker, 0)
+        results = [result for result in map(codec.unpack, page.results()) if result[0] > received]
         page.close()
         _unlink(files.page)
         stderr = _last_lines(files.err)

@@ -72,6 +72,7 @@ class Graph:
         self.ready: list[Task] = []
         self.withdraws: list[Task] = []
         self.notify: dict[bytes, list[Any]] = {}
+        self.notify_later: dict[bytes, list[Any]] = {}
         self.subscribes: dict[bytes, list[Any]] = {}
         self.unsubscribes: dict[bytes, list[bytes]] = {}
         self.forgets: dict[bytes, list[bytes]] = {}
@@ -544,6 +545,9 @@ class Graph:
         if self.notify:
             out.extend([ev.Notify(party, items) for party, items in self.notify.items() if items])
             self.notify = {}
+        if self.notify_later:
+            out.extend([ev.NotifyLater(party, items) for party, items in self.notify_later.items()])
+            self.notify_later = {}
         if self.subscribes:
             out.extend([ev.Subscribe(home, items) for home, items in self.subscribes.items()])
             self.subscribes = {}

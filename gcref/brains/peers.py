@@ -739,7 +739,8 @@ class Peers:
     ) -> None:
         self.counts["refused"] += 1
         if self._first_time((hello.party, hello.owner_key), "refused"):
-            out.append(AuthRefused(hello.party, f"refused: {reason}"))
+            key = hello.owner_key.decode("ascii", "replace")
+            out.append(AuthRefused(hello.party, f"the key {key} was refused: {reason}"))
         if link is None:
             self._answer_stranger(at, bye_frame(REFUSED, reason), now)
             return

@@ -118,7 +118,7 @@ class Refused(NamedTuple):
     """The other side refused our key, its key is not the expected one, or (link None) we refused somebody's.
 
     Attributes:
-        link: a dialled link, on which the carrier tries no longer; None: an incoming connection.
+        link: a dialled link, which is to be hung up; None: an incoming connection.
         now: seconds.
         reason: for people.
         key: the key that was refused here, z85, if it got so far.

@@ -378,12 +378,15 @@ class Resolver:
                 task.size = len(value)
                 item = [id, ok, value, attempt, record]
                 pins = task.pins
-                for party in pins:
-                    told = notify.get(party)
-                    if told is None:
-                        notify[party] = [item]
-                    else:
-                        told.append(item)
+                if task.waiters is None and len(pins) < 2:
+                    for party in pins:
+                        told = notify.get(party)
+                        if told is None:
+                            notify[party] = [item]
+                        else:
+                            told.append(item)
+                else:
+                    self._tell_users_first(task, item)
                 if task.waiters is not None or task.extra is not None:
                     self._graph.wake(task)
                 if task.deps or task.passed or task.args is not None:
@@ -399,6 +402,13 @@ class Resolver:
         if stored:
             self._graph.out.append(ev.Stored(stored))
         self._graph.settle()
+
+    def _tell_users_first(self, task: Task, item: list[Any]) -> None:
+        """Tell of a result that goes on to other tasks: the sites that need it at once, its submitter when it suits."""
+        submitter = task.group.submitter if task.group is not None else b""
+        for party in task.pins:
+            told = self._graph.notify_later if party == submitter else self._graph.notify
+            told.setdefault(party, []).append(item)
 
     def _moved_for(self, task: Task) -> dict[str, int] | None:
         """Bytes that came here from other homes for this task, by carrier; each object is counted once."""

@@ -183,6 +183,13 @@ class Notify(NamedTuple):
     items: list[Any]
 
 
+class NotifyLater(NamedTuple):
+    """As `Notify`, for outcomes that others are using already: the party that submitted the tasks need not hear at once."""
+
+    party: bytes
+    items: list[Any]
+
+
 class Subscribe(NamedTuple):
     """Send SUBSCRIBE items to the home."""
 
@@ -271,6 +278,6 @@ class Stored(NamedTuple):
 
 
 Instruction = (
-    Runnable | Withdraw | Notify | Subscribe | Unsubscribe | Forget | Relay | NeedFunctions | Tasks | Pull | CancelPull
+    Runnable | Withdraw | Notify | NotifyLater | Subscribe | Unsubscribe | Forget | Relay | NeedFunctions | Tasks | Pull | CancelPull
     | Idle | Needed | Free | Discard | Stored
 )  # fmt: skip

@@ -35,6 +35,7 @@ from gcref.brains.submitter_table import (
     ENDED,
     LOOK_AFTER_S,
     LOOK_EVERY_S,
+    NEVER,
     RUNNING,
     SEEN_GONE,
     SEEN_STOPPED,
@@ -57,6 +58,9 @@ _AWAY: Final = frozenset((CONNECTING, DOWN))
 
 SUBMIT_MAX_BYTES: Final = 4 * 1024 * 1024
 """A SUBMIT takes no more tasks when their arguments have so many bytes."""
+
+REFUSED_GRACE_S: Final = 0.5
+"""How long an endpoint that has refused us by one way may let us in by another one."""
 
 EXPLAIN_WAIT_S: Final = 1.0
 """How long `explain` waits for the agent's answer."""
@@ -119,6 +123,7 @@ class Submitter:
             ev.PeerDown: self._peer_down,
             ev.PeerReset: self._peer_reset,
             ev.PeerFailed: self._peer_failed,
+            ev.PeerRefused: self._peer_refused,
             ev.PeerSeen: self._peer_seen,
             ev.Tick: self._tick,
         }
@@ -153,7 +158,7 @@ class Submitter:
             due += [question.deadline for questions in self._attaches.values() for question in questions]
         for peer in self.peers.values():
             if peer.state in _AWAY and self._is_needed(peer):
-                due.append(min(peer.look_at, peer.since + self._endpoint_lost_s))
+                due.append(min(peer.look_at, peer.give_up_at, peer.since + self._endpoint_lost_s))
         return min(due) if due else None
 
     def find(self, id: bytes) -> Entry | None:
@@ -349,6 +354,8 @@ class Submitter:
             peer.since = now
             peer.look_in = LOOK_AFTER_S
             peer.look_at = now + LOOK_AFTER_S
+            # It has failed before: it is given little time to show that something has changed.
+            peer.give_up_at = NEVER if peer.failure is None else now + NOT_RUNNING_S
             self._out.append(ev.Reach(id))
         elif peer.state == DOWN and not self._is_needed(peer):
             # Nobody has counted the time while nothing was open there.
@@ -608,6 +615,7 @@ class Submitter:
         peer.since = event.now
         peer.trouble = ""
         peer.failure = None
+        peer.give_up_at = NEVER
         if event.fresh:
             peer.functions.clear()
         if not peer.full:
@@ -637,6 +645,16 @@ class Submitter:
             peer.since = event.now
             peer.look_in = LOOK_AFTER_S
             peer.look_at = event.now
+            if event.now < peer.refused_at + REFUSED_GRACE_S:
+                peer.give_up_at = event.now + REFUSED_GRACE_S
+
+    def _peer_refused(self, event: ev.PeerRefused) -> None:
+        peer = self.peers.get(event.peer)
+        if peer is not None:
+            peer.failure = event.failure
+            peer.trouble = event.failure[1]
+            peer.refused_at = event.now
+            peer.give_up_at = min(peer.give_up_at, event.now + REFUSED_GRACE_S)
 
     def _peer_reset(self, event: ev.PeerReset) -> None:
         peer = self.peers.get(event.peer)
@@ -724,8 +742,8 @@ class Submitter:
             if peer.trouble:
                 text += f" ({peer.trouble})"
             self._give_up(peer, self._lost(peer, text))
-        elif peer.failure is not None and now - peer.since >= NOT_RUNNING_S:
-            self._give_up(peer, peer.failure)  # it has failed before, and nothing has changed
+        elif now >= peer.give_up_at and peer.failure is not None:
+            self._give_up(peer, peer.failure)
         elif now >= peer.look_at:
             peer.look_at = now + peer.look_in
             peer.look_in = min(2 * peer.look_in, LOOK_EVERY_S)

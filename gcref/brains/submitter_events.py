@@ -156,6 +156,14 @@ class PeerFailed(NamedTuple):
     failure: list[Any]
 
 
+class PeerRefused(NamedTuple):
+    """One of the ways to the peer is closed to us; another one may be open."""
+
+    peer: bytes
+    failure: list[Any]
+    now: float
+
+
 class PeerSeen(NamedTuple):
     """What a look at a peer's record and lock found: one of the SEEN constants, and a text with the remedy."""
 
@@ -174,7 +182,7 @@ class Tick(NamedTuple):
 Event = (
     Submitted | Offered | Opened | Dropped | CancelAsked | ExplainAsked | AttachAsked | Leaving
     | FetchBegan | FetchEnded | Unsendable | PeerFull
-    | Heard | PeerUp | PeerDown | PeerReset | PeerFailed | PeerSeen | Tick
+    | Heard | PeerUp | PeerDown | PeerReset | PeerFailed | PeerRefused | PeerSeen | Tick
 )  # fmt: skip
 
 # -------------------------------------------------------------------------------------------------- instructions

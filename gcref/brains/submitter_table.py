@@ -26,6 +26,8 @@ SEEN_UNKNOWN: Final = "unknown"  # it lives on another machine
 SEEN_STOPPED: Final = "stopped"  # it may be started again
 SEEN_GONE: Final = "gone"  # it will not come back
 
+NEVER: Final = float("inf")
+
 LOOK_AFTER_S: Final = 0.25
 """The first look at an endpoint that is not reached; each next one waits twice as long, up to `LOOK_EVERY_S`."""
 
@@ -101,14 +103,16 @@ class Peer:
         look_at: when to look whether it runs.
         look_in: how long to wait for the look after that, seconds.
         trouble: what was last heard of it while it was not up.
-        failure: what it failed with last, until it is up again.
+        failure: what it refused us with, or failed with last, until it is up again.
+        refused_at: when it refused us last.
+        give_up_at: when to fail with `failure`, unless it comes up before.
         fetches: values that are being fetched from it.
         full: it has much to take already, so tasks are held back.
     """
 
     __slots__ = (
-        "failure", "fetches", "full", "functions", "id", "look_at", "look_in", "open", "outbox", "since", "state",
-        "trouble",
+        "failure", "fetches", "full", "functions", "give_up_at", "id", "look_at", "look_in", "open", "outbox",
+        "refused_at", "since", "state", "trouble",
     )  # fmt: skip
 
     def __init__(self, id: bytes) -> None:
@@ -122,6 +126,8 @@ class Peer:
         self.look_in = LOOK_AFTER_S
         self.trouble = ""
         self.failure: list[Any] | None = None
+        self.refused_at = NEVER
+        self.give_up_at = NEVER
         self.fetches = 0
         self.full = False
 

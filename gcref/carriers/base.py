@@ -93,6 +93,7 @@ class Carrier(Protocol):
         Args:
             timeout_s: how long to wait at most; None: for ever; 0: not at all.
             fds: descriptors (or objects with `fileno`, or sockets of the carrier's own library) to wait for as well.
+                Usually the same ones each time. Leave out what you are about to close: its number may come again.
 
         Returns:
             What happened. Empty after the timeout or a `wake`.

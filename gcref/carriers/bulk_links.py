@@ -25,7 +25,6 @@ import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from gcref import ids
 from gcref.carriers.bulk_link import (
@@ -42,6 +41,7 @@ from gcref.carriers.bulk_link import (
     read_header,
     write_header,
 )
+from gcref.carriers.monitor import parse_event
 from gcref.carriers.zap import Zap
 from gcref.config import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
 from gcref.errors import ConfigError, LocalProtocolError, RemoteProtocolError
@@ -495,13 +495,14 @@ def _data_of(frames: list[zmq.Frame], at: int) -> memoryview:
 
 def _monitor_events(monitor: Socket) -> list[tuple[int, int]]:
     events: list[tuple[int, int]] = []
-    while True:
-        try:
-            found = recv_monitor_message(monitor, zmq.NOBLOCK)
-        except zmq.Again:
-            return events
-        if found["event"] != zmq.Event.MONITOR_STOPPED:
-            events.append((found["event"], int(found["value"])))
+    try:
+        while True:
+            event = parse_event(monitor.recv(zmq.NOBLOCK))
+            monitor.recv(zmq.NOBLOCK)  # the address
+            if event[0] != zmq.EVENT_MONITOR_STOPPED:
+                events.append(event)
+    except zmq.Again:
+        return events
 
 
 def _proof(frame: zmq.Frame) -> bytes | None:

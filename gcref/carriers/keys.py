@@ -116,7 +116,7 @@ def public_of(path: Path) -> bytes | None:
 
 
 def read_authorized(path: Path) -> dict[bytes, str]:
-    """Read a list of allowed keys: lines `<z85 key> user|peer [comment]`; a first `#` makes a line a comment.
+    """Read a list of allowed keys: lines `<z85 key> user|peer [comment]`; a `#` begins a comment line.
 
     Returns:
         Key → role; empty when there is no such file.
@@ -135,9 +135,9 @@ def read_authorized(path: Path) -> dict[bytes, str]:
         raise _wrong(path, f"is larger than {_MAX_FILE_BYTES} bytes", "remove what is no key")
     allowed: dict[bytes, str] = {}
     for number, line in enumerate(content.splitlines(), 1):
-        # Z85 has a `#`, so a key may begin with one; a comment line is one whose first word is no key.
+        # No key begins with `#`, the last digit of Z85: five digits that do are more than 32 bits.
         words = line.split(None, 2)
-        if not words or (words[0][:1] == b"#" and not is_key(words[0])):
+        if not words or words[0].startswith(b"#"):
             continue
         role = words[1].decode("utf-8", "replace") if len(words) > 1 else ""
         if not is_key(words[0]) or role not in (USER, PEER):
@@ -154,11 +154,6 @@ def is_key(text: bytes) -> bool:
         return len(z85.decode(text)) == 32
     except (ValueError, KeyError, struct.error):
         return False
-
-
-def from_binary(key: bytes) -> bytes:
-    """Give the z85 form of the 32 bytes of a key."""
-    return z85.encode(key)
 
 
 def _wrong(path: Path, problem: str, remedy: str) -> ConfigError:

@@ -17,8 +17,8 @@ FAILED: Final = (
 )
 """All the ways in which a handshake fails."""
 
-# The first part of an event; the second one is the address.
-_parse: Final = struct.Struct("=Hi").unpack
+parse_event: Final = struct.Struct("=Hi").unpack
+"""The first part of an event, as (event, value); the second part is the address."""
 
 
 class Monitor:
@@ -53,7 +53,7 @@ class Monitor:
         receive = self._pair.recv
         try:
             while True:
-                found.append(_parse(receive(zmq.NOBLOCK)))
+                found.append(parse_event(receive(zmq.NOBLOCK)))
                 receive(zmq.NOBLOCK)
         except zmq.ZMQError:
             return found

@@ -193,6 +193,7 @@ class ZeroMQCarrier:
             socket.close(0)
             self._queued.append(LinkDown(link, f"{address} cannot be dialled: {error}", time.monotonic()))
             return
+        socket.get(_EVENTS)  # a pipe signals only to a reader that has found it empty once
         self._dialled[link] = dialled
         self._register(dialled.fd, lambda events, now: self._drain_dealer(dialled, events, now))
         self._register(monitor.fd, lambda events, now: self._on_dialled_monitor(dialled, events, now))
@@ -286,7 +287,7 @@ class ZeroMQCarrier:
 
     def poll(self, timeout_s: float | None, fds: Sequence[Any] = ()) -> list[CarrierEvent]:
         """See `Carrier.poll`. Sockets of ZeroMQ in `fds` are watched level-triggered."""
-        if fds != self._fds:
+        if (fds or self._fds) and list(fds) != self._fds:
             self._watch(list(fds))
         events, self._queued = self._queued, []
         if self._touched:

@@ -69,6 +69,7 @@ class Client:
         self._starting = threading.RLock()
         self._loop: Loop | None = None
         self._closed = False
+        self._home = _named_home()
         self._context = context = task_context.current
         self._me = ids.new_id() if context is None else context.party
         self._executors: weakref.WeakSet[Executor] = weakref.WeakSet()
@@ -220,13 +221,16 @@ _exit_registered = False
 def default_client() -> Client:
     """The client that executors share which are not handed another one."""
     global _default
-    client = _default
-    if client is None or client._closed:
-        with _default_lock:
-            client = _default
-            if client is None or client._closed:
-                client = _default = Client()
-    return client
+    with _default_lock:
+        client = _default
+        # Another GCREF_HOME means other keys and other endpoints.
+        if client is None or client._closed or client._home != _named_home():
+            client = _default = Client()
+        return client
+
+
+def _named_home() -> str | None:
+    return os.environ.get("GCREF_HOME")
 
 
 def open_reference(reference: ObjectRef) -> ComputeFuture[Any]:

@@ -9,7 +9,6 @@ import threading
 from typing import TYPE_CHECKING
 
 from gcref.brains.submitter_table import Stored
-from gcref.sdk.loop import future_of
 
 if TYPE_CHECKING:
     from gcref.brains.submitter_table import Lane
@@ -76,6 +75,8 @@ class PrivateEndpoint:
 
 def _stored_at(loop: Loop, home: bytes) -> list[Stored]:
     """The values of live futures that lie at that home still."""
+    from gcref.sdk.loop import future_of
+
     futures = [future_of(entry) for entry in loop.entries()]
     raws = [future._raw for future in futures if future is not None]
     return [raw for raw in raws if type(raw) is Stored and raw.home == home]

@@ -79,7 +79,7 @@ class Reaching:
         if kind == "AuthError":
             key = self._public_key.decode()
             text += f"; its owner lets you in by adding this line to its authorized_keys: {key} user"
-        self._loop.tell(ev.PeerFailed(party, failures.make(kind, text)))
+        self._loop.tell(ev.PeerRefused(party, failures.make(kind, text), time.monotonic()))
 
     def ways_to(self, party: bytes) -> Ways | None:
         """The ways to a party that is being reached."""

@@ -9,15 +9,16 @@ Everything here is called by the I/O thread, except `name_of` and `remember`, wh
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from gcref import ids
 from gcref.brains.submitter_table import SEEN_GONE, SEEN_RUNNING, SEEN_STOPPED, SEEN_UNKNOWN
-from gcref.directory import records
-from gcref.directory.records import Candidate, EndpointRecord
 from gcref.errors import ConfigError, EndpointLostError, GcrefError, NotFoundError
-from gcref.sdk.agent_process import AgentProcess, Ready
-from gcref.task_context import TaskContext
+
+if TYPE_CHECKING:
+    from gcref.directory.records import Candidate, EndpointRecord
+    from gcref.sdk.agent_process import AgentProcess, Ready
+    from gcref.task_context import TaskContext
 
 
 class Ways(NamedTuple):
@@ -148,6 +149,8 @@ class Whereabouts:
         return Seen(SEEN_STOPPED, f"{text}; start it with 'endpoint-worker start {record.name}'", None)
 
     def _record(self, party: bytes) -> EndpointRecord | None:
+        from gcref.directory import records  # here, so that a private endpoint starts without it
+
         name = self._names.get(party)
         record = records.read(name) if name is not None else None
         if record is None or record.id != party:
@@ -163,6 +166,8 @@ class Whereabouts:
             raise EndpointLostError(
                 f"{self.name_of(party)} was stopped, and its record is gone", endpoint_id=ids.text(party)
             )
+        from gcref.directory import records
+
         records.resolve(party)  # says which ones there are
         raise NotFoundError(f"there is no endpoint {ids.text(party)}")
 

@@ -44,9 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     versions: dict[str, str] = {}
     failures: list[str] = []
     for workload in WORKLOADS:
-        if options.only and workload.name not in options.only:
+        wanted = workload.name in options.only if options.only else not options.quick or workload.quick_turns
+        if not wanted:
             continue
-        taking_part = [contenders[name] for name in workload.systems if name in contenders]
+        systems = (options.quick and workload.quick_systems) or workload.systems
+        taking_part = [contenders[name] for name in systems if name in contenders]
         results[workload.name], seen, failed = turns.take_turns(
             workload, taking_part, quick=options.quick, tell=tell
         )

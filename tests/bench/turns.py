@@ -158,7 +158,7 @@ def take_turns(
     versions: dict[str, str] = {}
     failed: dict[str, ChildError] = {}
     kept: dict[str, Child] = {}
-    turns = workload.quick_turns if quick else workload.turns
+    turns = (workload.quick_turns or 1) if quick else workload.turns
     try:
         for turn in range(turns):
             for contender in contenders:

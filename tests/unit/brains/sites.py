@@ -59,7 +59,7 @@ class Site:
                     self.runnable += tasks
                 case ev.Withdraw(tasks):
                     self.runnable = [task for task in self.runnable if task not in tasks]
-                case ev.Notify(party, items):
+                case ev.Notify(party, items) | ev.NotifyLater(party, items):
                     self.world.post(self.id, party, [m.OUTCOME, items])
                 case ev.Subscribe(home, items):
                     self.world.post(self.id, home, [m.SUBSCRIBE, home, items])

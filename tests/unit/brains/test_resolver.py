@@ -60,7 +60,7 @@ def runnable(told: list[ev.Instruction]) -> list[bytes]:
 
 
 def items(told: list[ev.Instruction]) -> dict[bytes, list[object]]:
-    return {item[0]: item for i in told if isinstance(i, ev.Notify) for item in i.items}
+    return {item[0]: item for i in told if isinstance(i, ev.Notify | ev.NotifyLater) for item in i.items}
 
 
 def test_a_task_without_arguments_runs_and_tells_its_submitter() -> None:

@@ -454,14 +454,35 @@ def test_a_refused_key_fails_what_is_open_and_soon_what_comes_later() -> None:
     shell, lane = Shell(), lane_at(POLARIS)
     shell.submit(task(lane, 1))
     refused = failures.make("AuthError", "your key was refused")
-    said = shell.tell(ev.PeerFailed(POLARIS, refused))
-    assert ends(said) == [("future 1", "AuthError", refused)]
+    assert shell.tell(ev.PeerRefused(POLARIS, refused, shell.now)) == []
+    assert ends(shell.tick(1)) == [("future 1", "AuthError", refused)]
     shell.submit(task(lane, 2))
     for _ in range(10):
         for look in shell.tick(0.5):
             if isinstance(look, ev.Look):
                 shell.tell(ev.PeerSeen(POLARIS, SEEN_RUNNING, "", shell.now))
     assert ("future 2", "AuthError", refused) in ends(shell.said)
+
+
+def test_an_endpoint_that_refuses_us_by_one_way_may_let_us_in_by_another() -> None:
+    shell, lane = Shell(), lane_at(POLARIS)
+    shell.submit(task(lane, 1))
+    shell.tell(ev.PeerRefused(POLARIS, failures.make("AuthError", "no"), shell.now))
+    shell.up(POLARIS)
+    assert ends(shell.tick(10)) == []
+    shell.now += 100
+    shell.tell(ev.PeerDown(POLARIS, "", shell.now))
+    assert ends(shell.tick(10)) == []
+
+
+def test_a_key_that_is_revoked_fails_what_is_open() -> None:
+    shell, lane = Shell(), lane_at(POLARIS)
+    shell.submit(task(lane, 1))
+    shell.up(POLARIS)
+    shell.tell(ev.PeerRefused(POLARIS, failures.make("AuthError", "no more"), shell.now))
+    shell.tell(ev.PeerDown(POLARIS, "", shell.now))
+    ((_, how, _),) = ends(shell.tick(1))
+    assert how == "AuthError"
 
 
 def test_an_endpoint_that_forgot_loses_what_it_had_taken() -> None:
@@ -669,7 +690,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.tell(ev.Heard(peer, [message], self.shell.now))
 
     @precondition(lambda self: self.away)
-    @rule(data=st.data(), what=st.integers(0, 6), number=numbers, flag=st.booleans())
+    @rule(data=st.data(), what=st.integers(0, 7), number=numbers, flag=st.booleans())
     def happens(self, data: st.DataObject, what: int, number: int, flag: bool) -> None:
         now = self.shell.now
         peer = data.draw(st.sampled_from(self.away))
@@ -678,6 +699,7 @@ class AnyOrder(RuleBasedStateMachine):
             ev.PeerDown(peer, "down", now),
             ev.PeerReset(peer, [], now),
             ev.PeerFailed(peer, failures.make("AuthError", "no")),
+            ev.PeerRefused(peer, failures.make("AuthError", "no"), now),
             ev.PeerFull(peer, flag),
             ev.Heard(peer, [[m.CANCELLED, id_of(number), [flag]]], now),
             ev.PeerSeen(peer, SEEN_STOPPED if flag else SEEN_GONE, "stopped", now),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from endpoint_worker.store.index import PULL, Index, Segment, Spill, capacity_for
+from endpoint_worker.store.index import Index
+from endpoint_worker.store.model import PULL, Segment, Spill, capacity_for
 from gcref.errors import StoreFullError
 
 PAGE = 4096
@@ -179,6 +181,12 @@ class StoreMachine(RuleBasedStateMachine):
             self.index.find(id).segment.exposed = True
             self.twins[self.objects[id][1]].exposed = True
 
+    @rule(id=ids, cache=st.booleans())
+    def set_cache(self, id: bytes, cache: bool) -> None:
+        self.index.set_cache(id, cache)
+        if id in self.objects:
+            self.objects[id] = (*self.objects[id][:2], cache)
+
     @rule(id=ids)
     def pin(self, id: bytes) -> None:
         self.index.pin(id)
@@ -205,6 +213,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert not self.twins[spill.source.number].grants, "a mapped object is spilled"
             self.twins[spill.source.number].readers += 1
             self.twins[spill.target.number] = Twin(spill.target, PULL)
+        self.chosen = chosen
         return multiple(*chosen)
 
     @rule(spill=consumes(spills), works=st.booleans())
@@ -219,17 +228,21 @@ class StoreMachine(RuleBasedStateMachine):
             self.objects[known.id] = (attempt, spill.target.number, cache)
         self.gone(unlink)
 
-    @rule(size=sizes, meanwhile=st.sampled_from(("grant", "pin", "free", "read")), works=st.booleans())
+    @rule(
+        size=sizes, meanwhile=st.sampled_from(("grant", "pin", "free", "read", "cache")), works=st.booleans()
+    )
     def overflow(self, size: int, meanwhile: str, works: bool) -> None:
         """Something happens to an object while it is copied to disk."""
         self.reserve(size, PULL, True)
         self.index._overflow_bytes = LIMIT
-        for spill in self.spill().values:
-            happens = {
+        self.spill()
+        for spill in self.chosen:
+            happens: dict[str, Callable[[bytes], object]] = {
                 "grant": partial(self.grant, worker=1),
                 "pin": self.pin,
                 "free": self.free,
                 "read": self.begin_read,
+                "cache": partial(self.set_cache, cache=True),
             }
             happens[meanwhile](spill.object.id)
             self.spilled(spill, works)
@@ -400,7 +413,7 @@ def test_when_memory_and_disk_are_full_that_is_said() -> None:
     index = Index(1 << 20, spill_limit_bytes=1 << 20)
     held(index, b"1", 1 << 20)
     assert index.reserve(1 << 20, PULL).segment.disk
-    with pytest.raises(StoreFullError, match="memory .* and on disk"):
+    with pytest.raises(StoreFullError, match=r"memory .* and on disk"):
         index.reserve(1 << 20, PULL)
 
 

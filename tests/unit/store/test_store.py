@@ -111,19 +111,27 @@ def test_a_file_that_is_too_short_is_not_taken(store: Store) -> None:
 
 def test_warm_segments_are_used_again_and_trimmed_in_time(store: Store) -> None:
     path = put_by_worker(store, A, data_of(1))
-    assert store.deadline is None
+    assert next_tick(store) is None
     store.free([A])
     assert store.stats()["pooled_bytes"] == MB
     again = store.allocate(MB, 1)
-    assert (again.path, again.warm) == (path, True)
+    assert again.warm
+    assert again.path != path, "a path never means two objects"
+    assert os.path.exists(again.path)
+    assert not os.path.exists(path)
     store.discard([path, "/nowhere"])
-    deadline = store.deadline
+    assert store.stats()["used_bytes"] == MB, (
+        "what comes late about the old object does no harm to the new one"
+    )
+    path = again.path
+    store.discard([path])
+    deadline = next_tick(store)
     assert deadline is not None
     store.tick(deadline - 0.01)
     assert os.path.exists(path)
     store.tick(deadline)
     assert not os.path.exists(path)
-    assert store.deadline is None
+    assert next_tick(store) is None
 
 
 def test_l0_a_mapped_segment_is_not_written_again(store: Store) -> None:
@@ -419,6 +427,10 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ConfigError, match="file"):
         Store(tmp_path / "file" / "segments", tmp_path / "spill", MB)
+
+
+def next_tick(store: Store) -> float | None:
+    return store.deadline
 
 
 def memory_of(store: Store) -> int:

@@ -173,7 +173,7 @@ def test_functions_by_value_lambdas_and_closures(agent: FakeAgent) -> None:
         return x + offset
 
     assert agent.value(local, 2) == 42
-    assert agent.value(lambda: [f() for f in (lambda: 1, lambda: 2)]) == [1, 2]
+    assert agent.value(lambda: sorted([1, 2], key=lambda n: -n)) == [2, 1]
     assert agent.value(local, 3, by_value=True) == 43
 
 
@@ -606,7 +606,7 @@ def test_arguments_may_lie_in_the_store_too(agent: FakeAgent, tmp_path: Path) ->
     call = serialize.dumps_call(None, (np.ones(50_000), 2), {})
     data = blob.join(call.encoded)
     (tmp_path / "args").write_bytes(data)
-    where = [str(tmp_path / "args"), len(data)]
+    where: list[Any] = [str(tmp_path / "args"), len(data)]
     assert agent.value(lambda a, b: float(a.sum()) * b, args_path=where) == 100_000
     assert agent.returned(where[0]) == [where[0], 1, True]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -108,8 +107,8 @@ TestMappings.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 @pytest.fixture
-def kept() -> Iterator[Kept]:
-    yield Kept()
+def kept() -> Kept:
+    return Kept()
 
 
 def test_small_results_are_kept_for_a_while(kept: Kept) -> None:
