@@ -13,6 +13,7 @@ thread. What a brain says is obeyed by the table in `_obey`; the loop itself dec
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -104,6 +105,8 @@ class Control:
         self._started = time.time()
         self._absent: dict[bytes, tuple[float, str]] = {}  # party: when it is given up, its kind
         self._owner_keys: dict[bytes, bytes] = {}  # whose bytes are taken only from a link that proved this key
+        self._timed = (peers, resolver, dispatch, store)
+        self._due_at = math.inf
         self._later: dict[bytes, list[Any]] = {}
         self._later_at: float | None = None
         self._cancels: dict[bytes, list[bytes]] = {}  # id: parties that wait for the answer
@@ -171,7 +174,8 @@ class Control:
                     self._obey(peers.handle(event), now)
             if self._bulk.completions:
                 self._bulk_done(now)
-            self._due(now)
+            if now >= self._due_at:
+                self._due(now)
             if revoked := self._allowed.revoked(now):
                 log.info("the keys of %d others have no rights any more", len(revoked))
                 self._obey(peers.handle(pe.Revoke(revoked, now)), now)
@@ -198,21 +202,20 @@ class Control:
         self._carrier.wake()
 
     def _wait_s(self) -> float | None:
-        deadlines = [
-            d
-            for d in (
-                self._peers.deadline,
-                self._resolver.deadline,
-                self._dispatch.deadline,
-                self._store.deadline,
-            )
-            if d is not None
-        ]
-        if self._later_at is not None:
-            deadlines.append(self._later_at)
-        if self._absent:
-            deadlines.append(min(until for until, _kind in self._absent.values()))
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        """How long to wait at most; remembers until when, so that a turn before that need not ask the brains again."""
+        due = self._later_at
+        for brain in self._timed:
+            at = brain.deadline
+            if at is not None and (due is None or at < due):
+                due = at
+        for at, _kind in self._absent.values():
+            if due is None or at < due:
+                due = at
+        if due is None:
+            self._due_at = math.inf
+            return None
+        self._due_at = due
+        return max(0.0, due - time.monotonic())
 
     def _due(self, now: float) -> None:
         """Tell each brain whose deadline has come."""

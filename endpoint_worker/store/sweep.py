@@ -2,7 +2,7 @@
 
     host_dir()/<id>/lock      held (flock) by the living party, from its start to the end of its process
     host_dir()/<id>/…         sockets, pages, segments: gone with the party
-    disk_dir()/<id>/spill     spilled objects: gone with the party; the journal beside it stays
+    disk_dir()/<id>/spill     spilled objects: gone with the party; a journal beside it stays
 
 The kernel lets go of a lock when its process is dead, however it died, so a lock that can be had is the proof that its
 folder may go. Whoever removes a folder holds its lock meanwhile, and removes the lock's file last; whoever claims one
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 LOCK: Final = "lock"
+SPILL: Final = "spill"
 # A sweep holds a lock for as long as it takes to unlink what is there. A claim waits for it as long.
 _CLAIM_S: Final = 2.0
 _RETRY_S: Final = 0.01
@@ -69,15 +70,15 @@ def sweep(host: Path, disk: Path | None = None) -> list[str]:
     swept: list[str] = []
     for name in sorted({*_parties(host), *(_parties(disk) if disk is not None else ())}):
         folder = host / name
-        spill = disk / name / "spill" if disk is not None else None
-        if not _is_left(folder) and (spill is None or not spill.is_dir()):
+        on_disk = disk / name if disk is not None else None
+        if not _is_left(folder) and (on_disk is None or not _is_left_on_disk(on_disk)):
             continue
         # Making and locking it, also where there is only a spill, keeps out a party that is just starting.
         held = _try_lock(folder)
         if held is None:
             continue
-        if spill is not None:
-            _remove_spill(spill)
+        if on_disk is not None:
+            _remove_spill(on_disk)
         release(folder, held)
         swept.append(name)
     return swept
@@ -159,10 +160,19 @@ def _remove(folder: Path) -> None:
         pass  # somebody is making it again
 
 
-def _remove_spill(spill: Path) -> None:
-    shutil.rmtree(spill, ignore_errors=True)
+def _is_left_on_disk(folder: Path) -> bool:
+    """Whether a folder on disk has something that goes with its party: a spill, or nothing at all."""
     try:
-        spill.parent.rmdir()
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return not names or SPILL in names
+
+
+def _remove_spill(folder: Path) -> None:
+    shutil.rmtree(folder / SPILL, ignore_errors=True)
+    try:
+        folder.rmdir()
     except OSError:
         pass  # a journal is there
 

@@ -71,6 +71,9 @@ GIVE_BACK: Final = 20
 BLOCKED: Final = 21
 RESUME: Final = 22
 
+_NOBLOCK: Final = int(zmq.NOBLOCK)
+_NOBLOCK_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
+
 # Flags of an entry.
 KEEP: Final = 1
 
@@ -157,8 +160,10 @@ class AgentChannel:
 
     def send(self, worker: int, frame: bytes) -> bool:
         """Send a packed message; never blocks. False: this worker is not connected (not yet READY, or gone)."""
+        send = self.socket.send
         try:
-            self.socket.send_multipart((b"w%d" % worker, frame), zmq.NOBLOCK, copy=True)
+            send(b"w%d" % worker, _NOBLOCK_MORE)
+            send(frame, _NOBLOCK)
         except zmq.ZMQError:
             return False
         return True
@@ -170,13 +175,17 @@ class AgentChannel:
             ProtocolError: a worker sent what is no message.
         """
         found: list[tuple[int, list[Any], bytes]] = []
-        take = self.socket.recv_multipart
-        for _ in range(limit):
-            try:
-                sender, frame = take(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            found.append((int(sender[1:]), codec.unpack(frame, MAX_MESSAGE_BYTES), frame))
+        socket = self.socket
+        take = socket.recv
+        try:
+            while len(found) < limit:
+                sender = take(_NOBLOCK)
+                frame = take(_NOBLOCK)
+                found.append((int(sender[1:]), codec.unpack(frame, MAX_MESSAGE_BYTES), frame))
+                if not int(socket.get(zmq.EVENTS)) & zmq.POLLIN:  # cheaper than to be told by an exception
+                    break
+        except zmq.Again:
+            pass
         return found
 
     def close(self) -> None:

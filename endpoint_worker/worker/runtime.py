@@ -261,12 +261,12 @@ class Runtime:
             try:
                 if args is not None or deps:
                     payload = self._map_arguments(payload, args, deps)
+                call: tuple[Callable[..., Any] | None, tuple[Any, ...], dict[str, Any]]
                 if payload == _NO_ARGUMENTS:
-                    fn, arguments, keywords = None, (), {}
+                    call = (None, (), {})
                 else:
-                    fn, arguments, keywords = loads_call(
-                        payload, self._resolver(deps) if deps else _no_dependency
-                    )
+                    call = loads_call(payload, self._resolver(deps) if deps else _no_dependency)
+                fn, arguments, keywords = call
                 if function is not None:
                     fn = function.call or function.load()
                 elif digest is not None:

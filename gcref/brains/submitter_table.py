@@ -126,7 +126,7 @@ class Peer:
         self.look_in = LOOK_AFTER_S
         self.trouble = ""
         self.failure: list[Any] | None = None
-        self.refused_at = NEVER
+        self.refused_at = -NEVER
         self.give_up_at = NEVER
         self.fetches = 0
         self.full = False

@@ -124,6 +124,7 @@ class Loop:
         self._due_at: float | None = None  # when the brain is to be told the time
         self.reaching = Reaching(self, keys.public)
         self._sent_to: set[bytes] = set()
+        self._ends: list[Any] = []  # outcomes that futures have not been told yet
         self._full: set[bytes] = set()
         self._dropped_at = -DROPS_EVERY_S
         self._ending: tuple[float, Request] | None = None
@@ -134,7 +135,7 @@ class Loop:
             ev.Send: self._send,
             ev.Settle: self._settle,
             ev.Running: self._running,
-            ev.Answer: lambda i: i.request.set(i.answer),
+            ev.Answer: self._answer,
             ev.Reach: lambda i: self.reaching.reach(i.peer),
             ev.Leave: lambda i: self.reaching.leave(i.peer),
             ev.Look: lambda i: self.reaching.look(i.peer),
@@ -348,6 +349,7 @@ class Loop:
                 self._drain(_try)
             for peer in list(self._brain.peers):
                 self.tell(ev.PeerFailed(peer, lost))
+            self._end_futures()
             quiet, self._quiet = self._quiet, {}
             for waiting in quiet.values():
                 for fn in waiting:
@@ -390,14 +392,17 @@ class Loop:
             self._see_room()
         if self.users == 0 or self._idle_at is not None:
             self._see_whether_idle(now)
-        if self._ending is not None and self._has_ended(now, *self._ending):
-            return False
+        if self._ending is not None:
+            self._end_futures()
+            if self._has_ended(now, *self._ending):
+                return False
         self.asleep = True
         if self.queue:
             # Only ids of dropped futures may wait a little for more of their kind; `_drain` has taken all else.
             timeout: float | None = 0.0
         else:
             timeout = self._wait_s(now)
+        self._end_futures()  # last of all: who waits for them runs when the wait below lets go of the interpreter
         carrier = self._carrier
         assert carrier is not None
         events = carrier.poll(timeout, self.reaching.descriptors)
@@ -525,21 +530,28 @@ class Loop:
             self._obey(peers.flush(time.monotonic()))
 
     def _settle(self, settle: ev.Settle) -> None:
-        ends = []
+        ends = self._ends
         for holder, state, failed, raw, record in settle.ends:
             future = holder()
             if future is not None:
                 ends.append((future, state, failed, raw, record))
-        if ends:
+                if self._held:
+                    self._held.pop(future._id, None)
+
+    def _end_futures(self) -> None:
+        if self._ends:
+            ends, self._ends = self._ends, []
             futures.settle(ends)
-            if self._held:
-                for end in ends:
-                    self._held.pop(end[0]._id, None)
 
     def _running(self, running: ev.Running) -> None:
         futures.mark_running([future for holder in running.holders if (future := holder()) is not None])
 
+    def _answer(self, answer: ev.Answer) -> None:
+        self._end_futures()
+        answer.request.set(answer.answer)
+
     def _idle(self, idle: ev.Idle) -> None:
+        self._end_futures()
         for fn in self._quiet.pop(idle.lane, ()):
             fn()
 

@@ -40,12 +40,6 @@ def power(base: int, exponent: int) -> int:
     return base**exponent
 
 
-def fail_at_three(path: str, n: int) -> int:
-    if n == 3:
-        raise ValueError("three")
-    return n
-
-
 # ------------------------------------------------------------------------------------------------------------ map
 
 
@@ -75,22 +69,20 @@ def test_w6_map_with_a_timeout(polaris: Executor, gate: Gate, tmp_path: Path) ->
 
 def test_w6_map_with_an_error_in_the_middle(polaris: Executor, gate: Gate, tmp_path: Path) -> None:
     """What comes after the error is cancelled if it has not begun."""
-    blockers = [polaris.submit(hold, gate) for _ in range(2)]
-    wait_until(lambda: all(f.running() for f in blockers), what="both workers to be busy")
-    results = polaris.map(_touch_or_fail, [str(tmp_path / str(n)) for n in range(4)], [0, 1, 0, 0])
-    blocked_behind = polaris.map(touch, [str(tmp_path / "behind")], [blockers[0]])
-    blocked_behind.close()  # type: ignore[attr-defined]
-    gate.open()
-    assert next(results) == str(tmp_path / "0")
+    held = polaris.submit(hold, gate)
+    paths = [str(tmp_path / str(n)) for n in range(5)]
+    results = polaris.map(_touch_or_fail, paths, [False, True, False, False, False], [1, 1, held, held, held])
+    assert next(results) == paths[0]
     with pytest.raises(ValueError, match="on purpose"):
         next(results)
     with pytest.raises(StopIteration):
         next(results)
-    assert [polaris.submit(inc, n).result(WAIT_S) for n in range(10)] == list(range(1, 11))
-    assert not (tmp_path / "behind").exists(), "nobody wanted it any more"
+    gate.open()
+    assert polaris.submit(inc, held).result(WAIT_S) == 2
+    assert sorted(os.listdir(tmp_path)) == ["0", "gate"], "nobody wanted the rest any more"
 
 
-def _touch_or_fail(path: str, is_bad: bool) -> str:
+def _touch_or_fail(path: str, is_bad: bool, _after: int) -> str:
     if is_bad:
         raise ValueError("on purpose")
     return touch(path)

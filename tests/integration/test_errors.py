@@ -94,9 +94,10 @@ def inner_function_that_raises(x: int) -> float:
 def test_e1_a_tasks_own_exception_with_traceback_and_note(work: Work, two_sites: Sites, site: str) -> None:
     executor: Executor = getattr(work, site)
     f = executor.submit(inner_function_that_raises, 1)
-    with pytest.raises(ValueError, match="^the text$") as caught:
+    with pytest.raises(ValueError, match="the text") as caught:
         f.result(WAIT_S)
     assert type(caught.value) is ValueError
+    assert caught.value.args == ("the text",)
     assert f.exception() is caught.value, "the same one each time"
     told = "".join(traceback.format_exception(caught.value.__cause__))
     assert "inner_function_that_raises" in told
@@ -324,7 +325,7 @@ def raise_own_cause() -> None:
         (raise_generator_exit, gcref.errors.TaskError, "original text"),
         (raise_surrogate, ValueError, "original text"),
         (raise_local, Exception, "original text"),
-        (raise_deep, ValueError, "original text"),
+        (raise_deep, RuntimeError, "original text"),
         (recurse, RecursionError, "recursion"),
         (raise_own_cause, ValueError, "original text"),
     ],

@@ -238,6 +238,19 @@ def test_forgotten_parties_begin_anew_on_both_sides(pair: Pair) -> None:
     assert (pair.b.got, pair.a.got) == ([1, 4], [2, 3])
 
 
+def test_who_forgets_and_dials_again_is_seen_to_remember_nothing(pair: Pair) -> None:
+    met(pair)
+    pair.b.send(1)
+    pair.pass_time(1.0)
+    pair.a.handle(pe.Forget(B))
+    pair.a.flush()
+    pair.b.send(2)
+    pair.know("direct")
+    pair.settle()
+    assert pair.a.got == [1, 2]
+    assert pair.b.news(pe.PeerReset) == [pe.PeerReset(A, [note(2)])]
+
+
 def test_good_byes_are_heard_at_once(pair: Pair) -> None:
     met(pair)
     for told in pair.b.peers.close(pair.now):
@@ -359,22 +372,68 @@ def test_acknowledgements_that_overtake_a_welcome_are_no_loss(pair: Pair) -> Non
     """A second link is greeted while the first one is busy: its WELCOME may know less than what came since."""
     met(pair)
     (first,) = pair.wires
-    pair.a.handle(pe.Know(B, [("direct", "direct://b", KEY_B), ("ipc", "ipc://b", None)], pair.now))
+    pair.a.handle(pe.Know(B, [("direct", "direct://b", KEY_B), ("broker", "broker://b", KEY_B)], pair.now))
     second = pair.wires[-1]
     second.connect(pair.now)
     pair.a.flush()
     second.deliver(second.out, 0, pair.now)
-    pair.b.flush()  # the WELCOME is written, and stays on the wire
+    pair.b.flush()
+    assert kinds(second.back) == ["WELCOME"]
     pair.a.send(1)
     pair.a.flush()
     first.deliver(first.out, 0, pair.now)
     pair.now += ACK_DELAY_S
     pair.b.flush()
-    while first.back:
-        first.deliver(first.back, 0, pair.now)
+    assert kinds(first.back) == ["DATA"]
+    first.deliver(first.back, 0, pair.now)
+    assert pair.a.peers.pending() == 0
     pair.settle()
     assert not pair.a.news(pe.PeerReset)
-    assert pair.b.got == [1]
+    pair.a.send(2)
+    pair.settle()
+    assert pair.b.got == [1, 2]
+
+
+def test_an_old_welcome_opens_no_link(pair: Pair) -> None:
+    pair.know("direct")
+    (wire,) = pair.wires
+    wire.connect(pair.now)
+    pair.flush()
+    pair.deliver_all()
+    pair.flush()
+    (welcome,) = wire.back
+    wire.lose(pair.now)
+    wire.connect(pair.now)
+    pair.flush()
+    pair.a.handle(pe.PacketIn(wire.dial.link, welcome, None, pair.now, "direct"))
+    assert not pair.a.peers.is_up(B)
+    assert pair.a.peers.counts["stale"] == 1
+    pair.settle()
+    assert pair.a.peers.is_up(B)
+
+
+def test_packets_of_an_earlier_process_are_stale(pair: Pair) -> None:
+    """F10: from a mailbox, or a network that held them back."""
+    met(pair)
+    (wire,) = pair.wires
+    pair.a.send(1)
+    pair.settle()
+    old = pe.Identity(A, pe.CLIENT, KEY_A, 500)
+    for frame in (
+        codec.pack_packet(codec.DATA, 500, 2, 0, 0, [codec.pack(note(666))]),
+        links.hello_frame(codec.HELLO, old, Session(500), 1),
+        codec.pack_packet(codec.DATA, 500, 2, 0, 0, [codec.pack(note(666))]),
+        codec.pack_packet(codec.DATA, 500, 1, 0, 0, [codec.pack(note(666))]),
+    ):
+        pair.b.handle(pe.PacketIn(wire.accepted, frame, KEY_A, pair.now, "direct"))
+    pair.b.handle(
+        pe.PacketIn("late", links.hello_frame(codec.HELLO, old, Session(500), 1), KEY_A, pair.now, "direct")
+    )
+    assert pair.b.peers.counts["stale"] == 5
+    pair.a.send(2)
+    pair.settle()
+    assert pair.b.got == [1, 2]
+    assert not pair.b.news(pe.PeerReset, pe.PeerUp)
 
 
 # ----------------------------------------------------------------------------------------------------- rights

@@ -113,6 +113,16 @@ def test_what_is_kept_early_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert take(receiver, rest[3]) == [4]
 
 
+def test_a_new_stream_owes_nothing_to_the_old_one() -> None:
+    sender, receiver = two()
+    cut(sender, 1)
+    assert take(receiver, cut(sender, 2)) == []
+    receiver.adopt(8)
+    anew = Session(8)
+    assert take(receiver, cut(anew, 11)) == [11]
+    assert take(receiver, cut(anew, 12)) == [12]
+
+
 def test_packets_that_were_cut_otherwise_overlap_without_harm() -> None:
     sender, receiver = two()
     bodies = [pack(note(number)) for number in range(1, 6)]

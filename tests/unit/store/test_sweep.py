@@ -17,6 +17,7 @@ from endpoint_worker.store.sweep import claim, release, sweep
 
 NAME = "0123456789abcdef" * 2
 OTHER = "f" * 32
+EMPTY = "e" * 32
 
 
 @pytest.fixture
@@ -65,8 +66,9 @@ def test_a_spill_goes_and_a_journal_stays(host: Path, tmp_path: Path) -> None:
     for name in (NAME, OTHER):
         furnish(tmp_path / name / "spill")
     (tmp_path / NAME / "journal").write_bytes(b"log")
+    (tmp_path / EMPTY).mkdir()
     assert sweep(host) == [], "without being told of a disk it leaves the disk alone"
-    assert sweep(host, tmp_path) == [NAME, OTHER]
+    assert sweep(host, tmp_path) == [NAME, EMPTY, OTHER]
     assert [path.name for path in tmp_path.rglob("*")] == [NAME, "journal"]
     assert list(host.iterdir()) == []
 
