@@ -135,8 +135,8 @@ class Agent:
         bulk.listen(bulk_ipc)
         control, bulks = [control_ipc] if "ipc" in ways else [], [bulk_ipc] if "ipc" in ways else []
         if "direct" in ways and not order.private:
-            control += self._listen_tcp(carrier.listen, settings, settings.listen_address())
-            bulks += self._listen_tcp(bulk.listen, settings, settings.bulk_listen_address())
+            control += self._listen_tcp(carrier.listen, settings, settings.listen_address(), "port")
+            bulks += self._listen_tcp(bulk.listen, settings, settings.bulk_listen_address(), "bulk_port")
 
         def authorize(key: bytes | None, hello: Hello) -> str | None:
             if key is None:  # ipc: whoever can open the socket is this very user
@@ -214,8 +214,16 @@ class Agent:
             return folder
         return limits.disk_dir(order.id) / "spill" / "objects"
 
-    def _listen_tcp(self, listen: Callable[[str], str], settings: EndpointConfig, address: str) -> list[str]:
-        return list(settings.advertised(listen(address)))
+    def _listen_tcp(
+        self, listen: Callable[[str], str], settings: EndpointConfig, address: str, key: str
+    ) -> list[str]:
+        try:
+            return list(settings.advertised(listen(address)))
+        except ConfigError as error:
+            remedy = f"set bind and {key} to what is free; {key} = 0 takes any free port"
+            raise ConfigError(
+                f"{error} (in the endpoint's configuration: {remedy})", key=key, remedy=remedy
+            ) from error
 
     def _journal(self, order: Order, settings: EndpointConfig) -> Journal | None:
         if order.private or not settings.journal:
@@ -263,7 +271,7 @@ class Agent:
             log.info("endpoint %s (%s) is ready", self.order.name, ids.text(self.order.id))
             self.control.run()
             log.info("endpoint %s stops", self.order.name)
-        return 0
+        return 1 if self.control.failed else 0
 
     def _stdin_ready(self, now: float) -> None:
         """Whoever started us said stop, or is gone."""

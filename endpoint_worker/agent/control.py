@@ -37,7 +37,7 @@ from gcref.brains.resolver import Resolver
 from gcref.brains.tasks import DISPATCHED, DONE, WAITING, Obj, Task
 from gcref.carriers import bulk as bk
 from gcref.carriers.base import Carrier, FdReady
-from gcref.errors import LostReason, StoreFullError
+from gcref.errors import LostError, LostReason, StoreFullError
 from gcref.objects import failure as failures
 from gcref.wire import codec
 from gcref.wire import messages as m
@@ -102,6 +102,7 @@ class Control:
         self._lease_s = lease_s
         self._functions = Functions()
         self._stopping = False
+        self.failed = False  # it ended because something of it is broken
         self._started = time.time()
         self._absent: dict[bytes, tuple[float, str]] = {}  # party: when it is given up, its kind
         self._owner_keys: dict[bytes, bytes] = {}  # whose bytes are taken only from a link that proved this key
@@ -300,7 +301,7 @@ class Control:
                 for party in obj.pins if obj is not None and obj.home == who.party else ():
                     self._peers.send(party, [m.STARTED, [item]])
         elif kind == m.EXPLAIN:
-            told = [self._resolver.describe(id) for id in message[2]]
+            told = [self._resolver.describe(id) for id in inbox.split_ids(message[2])]
             self._peers.send(who.party, [m.EXPLAINED, message[1], told])
         elif kind == m.STATUS:
             self._peers.send(who.party, [m.STATUS_IS, message[1], self.describe()])
@@ -491,6 +492,7 @@ class Control:
             return
         if self._journal is not None:
             self._journal.append(journals.RESULTS, raw)
+        self._pool.zygote.received(worker, results[-1][0])
         told = self._resolver.handle(ev.Finished(self._pool.name_of(worker), results))
         self._obey(self._dispatch.handle(dp.Finished(worker, results, now)), now)
         self._obey(told, now)
@@ -499,7 +501,7 @@ class Control:
         try:
             path, capacity, warm = self._store.allocate(size, worker, failed)
         except StoreFullError as error:
-            self._pool.no_segment(worker, failures.make("StoreFullError", str(error)))
+            self._pool.no_segment(worker, failures.from_error(error))
         else:
             self._pool.segment(worker, path, capacity, warm)
         self._forget_evicted()
@@ -510,11 +512,18 @@ class Control:
 
     def _worker_processes(self, now: float) -> None:
         """The zygote has news: processes that started or ended."""
-        for news in self._pool.zygote.read():
-            if isinstance(news, Spawned):
-                self._pool.started(news.worker, news.pid)
+        try:
+            news = self._pool.zygote.read()
+        except LostError as error:
+            log.critical("%s: the agent ends", error)  # its workers are dead already, and there will be no others
+            self.failed = True
+            self.stop()
+            return
+        for one in news:
+            if isinstance(one, Spawned):
+                self._pool.started(one.worker, one.pid)
             else:
-                self._worker_exited(news, now)
+                self._worker_exited(one, now)
 
     def _worker_exited(self, exited: Exited, now: float) -> None:
         """A worker's process is gone: its task lost an attempt, the rest of its queue goes elsewhere."""
@@ -541,7 +550,7 @@ class Control:
     def _overran(self, overran: dp.Overran, now: float) -> None:
         task = overran.task
         text = f"the task ran for longer than its walltime_s of {task.options.walltime_s:g} s"
-        failure = failures.make("WalltimeExceededError", text)
+        failure = failures.make("WalltimeExceededError", text, walltime_s=task.options.walltime_s)
         self._killed[overran.worker] = failure
         self._obey(self._resolver.handle(ev.Ended([task], failure, False)), now)
         self._pool.kill(overran.worker)
@@ -659,8 +668,12 @@ def _pull_failure(done: bk.PullFailed) -> list[Any]:
     if done.reason == "refused":
         return failures.make("AuthError", f"the bytes of an argument were refused: {done.message}")
     if done.reason == "store":
+        full = done.cause if isinstance(done.cause, StoreFullError) else StoreFullError(done.message)
         return failures.make(
-            "StoreFullError", f"an argument does not fit into this endpoint's store: {done.message}"
+            "StoreFullError",
+            f"the bytes do not fit into this endpoint's store: {full}",
+            needed_bytes=full.needed_bytes,
+            limit_bytes=full.limit_bytes,
         )
     reason = {
         "corrupt": LostReason.CORRUPT,

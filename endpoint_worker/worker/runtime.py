@@ -368,7 +368,6 @@ class Runtime:
             os._exit(1)
         if self._troubles > _TROUBLES_MAX:
             raise error
-        traceback.print_exception(error)
         self._answer = None
         entry = self._running
         if entry is not None:
@@ -379,6 +378,7 @@ class Runtime:
             self._parts.append(part)
             self._running = None
             self._mappings.let_go()
+        traceback.print_exception(error)  # last: it runs foreign code
 
     # ------------------------------------------------------------------------------------------------- receive
 
@@ -392,8 +392,8 @@ class Runtime:
                 self._take(frame)
                 return
         self._flush()
-        if self._wanted:
-            self._wanted.clear()
+        self._context.task_id = self._context.group = b""
+        self._wanted.clear()
         if self._mappings.wants_collection and not self._link.has_input(_COLLECT_AFTER_MS):
             self._mappings.collect()
             self._flush()

@@ -430,13 +430,15 @@ class Peers:
             return
         link = self._links.get(event.link)
         if link is not None:
-            self._refused_by(link, event.reason or "the key was refused", event.now, out)
+            self._refused_by(link, event.reason or "the key was refused", event.now, out, event.ours)
 
-    def _refused_by(self, link: LinkState, reason: str, now: float, out: list[Instruction]) -> None:
+    def _refused_by(
+        self, link: LinkState, reason: str, now: float, out: list[Instruction], ours: bool = True
+    ) -> None:
         link.attempts += 1
         if not link.refused:
             link.refused = True
-            out.append(AuthRefused(link.peer.party, reason))
+            out.append(AuthRefused(link.peer.party, reason, ours))
         self._wait(link, reason, now, out)
 
     def _wait(self, link: LinkState, reason: str, now: float, out: list[Instruction]) -> None:

@@ -122,12 +122,14 @@ class Refused(NamedTuple):
         now: seconds.
         reason: for people.
         key: the key that was refused here, z85, if it got so far.
+        ours: our key or right is what was refused; else the other side is not who was expected.
     """
 
     link: Link | None
     now: float
     reason: str = ""
     key: bytes | None = None
+    ours: bool = True
 
 
 class Tick(NamedTuple):
@@ -233,10 +235,12 @@ class AuthRefused(NamedTuple):
     Attributes:
         party: the party dialled, or the one that was refused; None: a stranger.
         message: for people.
+        ours: our key or right is what was refused; else the other side is not who was expected.
     """
 
     party: bytes | None
     message: str
+    ours: bool = True
 
 
 class Mismatch(NamedTuple):

@@ -278,6 +278,21 @@ class Stored(NamedTuple):
 
 
 Instruction = (
-    Runnable | Withdraw | Notify | NotifyLater | Subscribe | Unsubscribe | Forget | Relay | NeedFunctions | Tasks | Pull | CancelPull
-    | Idle | Needed | Free | Discard | Stored
-)  # fmt: skip
+    Runnable
+    | Withdraw
+    | Notify
+    | NotifyLater
+    | Subscribe
+    | Unsubscribe
+    | Forget
+    | Relay
+    | NeedFunctions
+    | Tasks
+    | Pull
+    | CancelPull
+    | Idle
+    | Needed
+    | Free
+    | Discard
+    | Stored
+)

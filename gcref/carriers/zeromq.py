@@ -403,10 +403,8 @@ class ZeroMQCarrier:
         taken = size = 0
         try:
             while True:
-                part = receive(_NOBLOCK, copy=False)
-                frame = part.bytes
-                if part.more:
-                    frame = _skip_rest(socket)
+                # A message of several parts would be several frames: harmless, as the other side chose all of them.
+                frame = receive(_NOBLOCK)
                 events.append(PacketIn(link, frame, None, now, carrier))
                 taken += 1
                 size += len(frame)
@@ -466,8 +464,11 @@ class ZeroMQCarrier:
             how = "took too long" if timed_out else "was broken off"
             self._goes_down(dialled, f"the handshake with {dialled.address} {how}", events, now)
             return
-        reason = f"{dialled.address} has another key than the one expected of it, or is no endpoint of gcref"
-        events.append(Refused(dialled.link, now, reason))
+        reason = (
+            f"{dialled.address} has another key than the one expected of it, or is no endpoint of gcref; if it was made "
+            "anew, get its new record"
+        )
+        events.append(Refused(dialled.link, now, reason, ours=False))
         dialled.told = True
 
     def _on_listener_monitor(self, listener: _Listener, events: list[CarrierEvent], now: float) -> None:

@@ -116,18 +116,24 @@ def from_exception(
         limit_bytes: a larger exception is cut down, or comes back as its text.
     """
     type_name = _type_name(type(exc))
-    text = _text_of(exc)
-    tb = _user_part(exc.__traceback__)
+    data = None
+    try:
+        text = _text_of(exc)
+        tb = _user_part(exc.__traceback__)
+        told, frames = _format(exc, tb), _frames(tb)
+        data = _encode(exc, text, limit_bytes)
+    except BaseException as found:  # noqa: BLE001 - all of it runs foreign code, which may even raise an interrupt
+        text = f"<it cannot be looked at: {type(found).__name__}>"
+        told, frames = f"{type_name}: {text}\n", []
     fields = {
         "type_name": type_name,
         "text": _clean(text, EXCEPTION_TEXT_MAX),
-        "traceback": _clean(_format(exc, tb), EXCEPTION_TEXT_MAX),
-        "frames": _frames(tb),
+        "traceback": _clean(told, EXCEPTION_TEXT_MAX),
+        "frames": frames,
         "task_id": ids.text(task_id),
         "endpoint": _clean(endpoint, _MESSAGE_MAX) if isinstance(endpoint, str) else ids.text(endpoint),
     }
-    message = _clean(f"{type_name}: {text}", _MESSAGE_MAX)
-    return [RAISED, message, fields, _encode(exc, text, limit_bytes), None]
+    return [RAISED, _clean(f"{type_name}: {text}", _MESSAGE_MAX), fields, data, None]
 
 
 def to_exception(failure: Any) -> BaseException:

@@ -372,7 +372,7 @@ class Loop:
                 pe.PeerUp: lambda i: self.tell(ev.PeerUp(i.party, i.fresh, time.monotonic())),
                 pe.PeerDown: lambda i: self.tell(ev.PeerDown(i.party, i.reason, time.monotonic())),
                 pe.PeerReset: lambda i: self.tell(ev.PeerReset(i.party, i.kept, time.monotonic())),
-                pe.AuthRefused: lambda i: self.reaching.refused(i.party, "AuthError", i.message),
+                pe.AuthRefused: lambda i: self.reaching.refused(i.party, "AuthError", i.message, i.ours),
                 pe.Mismatch: lambda i: self.reaching.refused(i.party, "VersionMismatchError", i.message),
                 pe.Rejected: lambda i: log.warning("a message was dropped: %s", i.reason),
             }

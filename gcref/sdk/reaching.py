@@ -71,12 +71,19 @@ class Reaching:
         text = f"{self._loop.where.name_of(party)} cannot be reached"
         self._loop.large.leave(party, lambda: EndpointLostError(text, endpoint_id=ids.text(party)))
 
-    def refused(self, party: bytes | None, kind: str, text: str) -> None:
-        """The party does not want us, or speaks another version; `kind` is the error's name."""
+    def refused(self, party: bytes | None, kind: str, text: str, ours: bool = False) -> None:
+        """The party does not want us, or speaks another version.
+
+        Args:
+            party: who; None: a stranger.
+            kind: the error's name.
+            text: for people.
+            ours: our key is what was refused.
+        """
         if party is None:
             return  # a stranger, whom nobody waits for
         text = f"{self._loop.where.name_of(party)}: {text}"
-        if kind == "AuthError":
+        if ours:
             key = self._public_key.decode()
             text += f"; its owner lets you in by adding this line to its authorized_keys: {key} user"
         self._loop.tell(ev.PeerRefused(party, failures.make(kind, text), time.monotonic()))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.bench.peers import cache_dir
 from tests.bench.workloads import Workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,9 +65,12 @@ class Child:
             "PATH": os.pathsep.join([str(Path(contender.python).parent), os.environ.get("PATH", "")]),
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "GCREF_HOME": str(Path(self._home.name, "home")),
+            # As after an installation: every system's code is compiled once, not at every start.
+            "PYTHONPYCACHEPREFIX": str(cache_dir() / "pycache"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [contender.python, "-m", "tests.bench.child", contender.name],

@@ -52,3 +52,11 @@ def touch(path: str, *_after: Any) -> str:
     """Leaves a file that proves that this ran."""
     Path(path).touch()
     return path
+
+
+def die_once(path: str) -> str:
+    """Kills its worker at its first run."""
+    if not os.path.exists(path):
+        Path(path).touch()
+        os._exit(7)
+    return "second"

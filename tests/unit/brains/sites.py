@@ -122,9 +122,9 @@ class Site:
         """The bulk thread has brought the bytes."""
         self.pulls.remove(pull)
         source = self.world.sites[pull.source]
-        found = source.resolver.readable(
-            pull.obj.id, ev.Who(self.id, "peer", b"p" * 40, "endpoint"), pull.obj.extra.token
-        )  # type: ignore[union-attr]
+        assert pull.obj.extra is not None
+        reader = ev.Who(self.id, "peer", b"p" * 40, "endpoint")
+        found = source.resolver.readable(pull.obj.id, reader, pull.obj.extra.token)
         self.store[pull.obj.id] = source.store[found.id]
         self.pulled[pull.obj.id] += 1
         self.handle(ev.Pulled([(pull.obj.id, pull.obj.attempt, "direct", pull.obj.size)]))
