@@ -105,7 +105,9 @@ class Control:
         self.failed = False  # it ended because something of it is broken
         self._started = time.time()
         self._absent: dict[bytes, tuple[float, str]] = {}  # party: when it is given up, its kind
-        self._owner_keys: dict[bytes, bytes] = {}  # whose bytes are taken only from a link that proved this key
+        self._owner_keys: dict[
+            bytes, bytes
+        ] = {}  # whose bytes are taken only from a link that proved this key
         self._timed = (peers, resolver, dispatch, store)
         self._due_at = math.inf
         self._later: dict[bytes, list[Any]] = {}
@@ -515,7 +517,9 @@ class Control:
         try:
             news = self._pool.zygote.read()
         except LostError as error:
-            log.critical("%s: the agent ends", error)  # its workers are dead already, and there will be no others
+            log.critical(
+                "%s: the agent ends", error
+            )  # its workers are dead already, and there will be no others
             self.failed = True
             self.stop()
             return
@@ -567,7 +571,7 @@ class Control:
     def _cancel(self, wanted: list[bytes], force: bool, who: ev.Who, now: float) -> None:
         for id in wanted:
             obj = self._resolver.objects.get(id)
-            if obj is None or obj.state >= DONE or not self._resolver.may_read(obj, who, None):
+            if obj is None or obj.state >= DONE or not self._may_cancel(obj, who):
                 self._peers.send(who.party, [m.CANCELLED, id, [False]])
                 continue
             self._cancels.setdefault(id, []).append(who.party)
@@ -587,6 +591,11 @@ class Control:
                 if force:
                     self._forced.add(id)
                 self._obey(self._dispatch.handle(dp.Cancel([obj], now)), now)
+
+    def _may_cancel(self, obj: Obj, who: ev.Who) -> bool:
+        # Nobody has submitted it yet: whoever may do that may also say that it will not come.
+        unclaimed = obj.home == self.me and obj.group is None
+        return unclaimed or self._resolver.may_read(obj, who, None)
 
     def _dispatch_cancelled(self, cancelled: dp.Cancelled, now: float) -> None:
         self._obey(self._resolver.handle(ev.Cancelled(cancelled.tasks)), now)

@@ -314,8 +314,10 @@ class Graph:
 
     def _fail_dependent(self, task: Task) -> None:
         bad = [dep for dep in task.deps if self.resolve(dep).state > DONE]
-        if task.args is not None and task.args.state > DONE:
-            bad.append(task.args)
+        if not bad:  # its own large arguments did not come through: no other task is to blame
+            assert task.args is not None
+            self.fail(task, task.args.failure or failures.make("GcrefError", "an argument was lost"))
+            return
         cause = self.resolve(bad[0]).failure or failures.make("GcrefError", "an argument was lost")
         self.end(task, FAILED, None, 0, failures.dependency([b.id for b in bad], cause))
 

@@ -282,7 +282,8 @@ class Resolver:
                 if confirm:
                     told.append(self._graph.item(obj))
                 continue
-            if not self._graph.may_read(obj, who, token):
+            # What was never submitted has no owner, and no bytes: that it is cancelled, or lost, anybody may hear.
+            if obj.group is not None and not self._graph.may_read(obj, who, token):
                 told.append(
                     [id, m.FAILED, failures.make("AuthError", "no right to read this object"), 0, None]
                 )
@@ -479,6 +480,7 @@ class Resolver:
     def _cancelled(self, event: ev.Cancelled) -> None:
         for task in event.tasks:
             if task.state < DONE:
+                self._graph.unknown.pop(task.id, None)  # its submitter will not send it
                 task.state = WAITING
                 self._graph.end(task, CANCELLED, None, 0, failures.cancelled())
         self._graph.settle()

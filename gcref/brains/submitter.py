@@ -299,6 +299,8 @@ class Submitter:
                 cancel.answers[id] = False
             elif entry.state == UNSENT:
                 cancel.answers[id] = True
+                entry.extra = entry.extra or Extra()
+                entry.extra.revoked = True
                 self._end(entry, CANCELLED_AND_NOTIFIED, False, None, None)
             else:
                 entry.extra = entry.extra or Extra()
@@ -374,9 +376,12 @@ class Submitter:
         fn_index, room, size = -1, 0, 0
         wanted: list[Any] = []
         wanted_home = b""
+        revoked: dict[bytes, list[Entry]] = {}
         while outbox:
             entry = outbox.popleft()
             if entry.state != UNSENT:
+                if entry.users and entry.extra is not None and entry.extra.revoked:
+                    revoked.setdefault(entry.home, []).append(entry)
                 continue
             entry.state = SENT
             entry.pinned = True
@@ -419,6 +424,19 @@ class Submitter:
         for instruction in out:
             if type(instruction) is ev.Send and instruction.message[0] == m.SUBMIT:
                 instruction.message[5] = list(instruction.message[5])
+        for home, entries in revoked.items():
+            self._revoke(peer, home, entries)
+
+    def _revoke(self, peer: Peer, home: bytes, entries: list[Entry]) -> None:
+        """Tells a home of tasks that it will never be sent: others may wait for them there, or ask for them later."""
+        for entry in entries:
+            assert entry.extra is not None
+            entry.extra.revoked = False
+            entry.pinned = True
+        self._out.append(
+            ev.Send(peer.id, [m.SUBSCRIBE, home, [[entry.id, None, None, False] for entry in entries]])
+        )
+        self._out.append(ev.Send(peer.id, [m.CANCEL, b"".join([entry.id for entry in entries]), False]))
 
     # ------------------------------------------------------------------------------------------------ from the peer
 

@@ -189,9 +189,10 @@ class Extra:
         followers: aliases of it that end when it ends.
         record: of the run that made the alias.
         cancels: cancel requests that wait for this entry.
+        revoked: it was cancelled before it was sent, and its home has not been told yet.
     """
 
-    __slots__ = ("cancels", "followers", "record", "target", "token")
+    __slots__ = ("cancels", "followers", "record", "revoked", "target", "token")
 
     def __init__(self, token: bytes | None = None) -> None:
         self.token = token
@@ -199,3 +200,4 @@ class Extra:
         self.followers: dict[Entry, None] = {}
         self.record: list[Any] | None = None
         self.cancels: list[Any] = []
+        self.revoked = False

@@ -27,6 +27,7 @@ from gcref.errors import (
     EndpointLostError,
     GcrefError,
     NotFoundError,
+    RejectedError,
     SerializationError,
     StoreFullError,
 )
@@ -248,7 +249,7 @@ def test_a_result_that_cannot_be_pickled(polaris: Executor, midway: Executor) ->
         with pytest.raises(SerializationError) as caught:
             f.result(SOON_S)
         says(caught.value, named)
-        dependent = midway.submit(inc, f)  # type: ignore[arg-type]
+        dependent = midway.submit(inc, f)
         error = dependent.exception(SOON_S)
         assert error is not None
         assert isinstance(error.__cause__, SerializationError)
@@ -259,7 +260,7 @@ def test_something_that_is_no_function(polaris: Executor) -> None:
     with pytest.raises(TypeError):
         polaris.submit(7).result(SOON_S)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="inc"):
-        polaris.submit(inc, 1, 2).result(SOON_S)  # type: ignore[call-arg]
+        polaris.submit(inc, 1, 2).result(SOON_S)
     serves(polaris)
 
 
@@ -395,13 +396,22 @@ def test_options_that_cannot_be(two_sites: Sites, options: dict[str, Any], word:
     says(caught.value, word)
 
 
+def test_resources_that_the_endpoint_s_engine_does_not_understand(polaris: Executor) -> None:
+    with pytest.raises(RejectedError) as caught:
+        polaris.options(resource_specification={"cores": 1}).submit(inc, 1).result(SOON_S)
+    says(caught.value, "resource_specification", "cores", "remove it")
+    serves(polaris)
+
+
 # --------------------------------------------------------------------------------------------- the same name, a port
 
 
 def test_a_second_endpoint_of_the_same_name(two_sites: Sites, polaris: Executor) -> None:
     with pytest.raises(ConfigError) as caught:
         LocalEndpoint("polaris", workers=1)
-    says(caught.value, "'polaris'", str(two_sites.polaris.pid), "endpoint-worker stop polaris", "another name")
+    says(
+        caught.value, "'polaris'", str(two_sites.polaris.pid), "endpoint-worker stop polaris", "another name"
+    )
     serves(polaris)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import psutil
 import pytest
 
-from gcref import ComputeFuture, Executor, LocalEndpoint
+from gcref import Client, ComputeFuture, Executor, LocalEndpoint
 from gcref.errors import DependencyError
 from tests.conftest import Sites
 from tests.support.tasks import Gate, hold, inc, touch
@@ -165,7 +165,7 @@ def test_c1_a_task_that_is_done(polaris: Executor, force: bool) -> None:
     assert f.cancel(force) is False
     assert not f.cancelled()
     assert f.result(0) == 2
-    failed = polaris.submit(hold, "no gate")  # type: ignore[arg-type]
+    failed = polaris.submit(hold, "no gate")
     assert isinstance(failed.exception(WAIT_S), AttributeError)
     assert failed.cancel(force) is False
 
@@ -174,11 +174,33 @@ def test_c1_a_task_that_has_not_been_sent(home: Path, tmp_path: Path) -> None:
     """The endpoint is still starting: the client itself cancels."""
     with Executor(user_endpoint_config={"workers": 1}) as executor:
         f = executor.submit(touch, str(tmp_path / "ran"))
-        dependent = executor.submit(inc, f)  # type: ignore[arg-type]
+        dependent = executor.submit(inc, f)
         assert f.cancel() is True
         assert is_cancelled(f)
         assert isinstance(dependent.exception(WAIT_S), DependencyError)
         assert executor.submit(inc, 1).result(WAIT_S) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_c1_a_task_for_an_endpoint_that_is_not_reached_yet(home: Path, tmp_path: Path) -> None:
+    """Its home is told later, so that what waits for it, also at another site, ends as for any cancelled task."""
+    with LocalEndpoint("slow", workers=1) as slow, LocalEndpoint("quick", workers=1), Client() as client:
+        a, b = Executor("slow", client), Executor("quick", client)
+        os.kill(slow.pid, signal.SIGSTOP)
+        try:
+            f = a.submit(touch, str(tmp_path / "ran"))
+            dependents = [b.submit(inc, f), a.submit(inc, f)]
+            answer, took_s = timed(f.cancel)
+            assert answer is True
+            assert took_s < patience(ANSWER_S)
+            dependents += [b.submit(inc, f), a.submit(inc, f)]
+        finally:
+            os.kill(slow.pid, signal.SIGCONT)
+        for dependent in dependents:
+            with pytest.raises(DependencyError) as caught:
+                dependent.result(WAIT_S)
+            assert isinstance(caught.value.__cause__, CancelledError)
+        assert a.submit(inc, 1).result(WAIT_S) == 2
     assert not (tmp_path / "ran").exists()
 
 

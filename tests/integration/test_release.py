@@ -116,6 +116,13 @@ def kept_is(*starts: int) -> bool:
     return found
 
 
+def make_others(a: Executor, b: Executor, starts: range) -> None:
+    """Makes values at one site, moves them to the other, and drops them."""
+    made = [a.submit(array_of, start) for start in starts]
+    moved = [b.submit(numpy.sum, f) for f in made]
+    assert [f.result(WAIT_S) for f in moved] == [array_of(start).sum() for start in starts]
+
+
 @pytest.mark.parametrize("way", CARRIERS)
 def test_l0_an_array_that_is_kept_never_changes(home: pathlib.Path, way: str) -> None:
     """In the client, in a worker at the value's home, and in a worker at another site."""
@@ -140,14 +147,11 @@ def test_l0_an_array_that_is_kept_never_changes(home: pathlib.Path, way: str) ->
             Executor(there.endpoint_id, client) as b,
         ):
             for start in range(1000, 2000, 20):
-                made = [a.submit(array_of, start + i) for i in range(20)]
-                moved = [b.submit(numpy.sum, f) for f in made]
-                assert [f.result(WAIT_S) for f in moved] == [array_of(start + i).sum() for i in range(20)]
+                make_others(a, b, range(start, start + 20))
             assert numpy.array_equal(mine, array_of(1))
             assert a.submit(kept_is, 1, 2).result(WAIT_S) is True
             assert b.submit(kept_is, 1).result(WAIT_S) is True
             assert worker_pids("here") | worker_pids("there") == pids, "they are the workers that kept it"
-            del made, moved
         assert numpy.array_equal(mine, array_of(1))
     assert numpy.array_equal(mine, array_of(1)), "also after the endpoint is gone"
     del mine

@@ -235,6 +235,20 @@ def test_an_unsent_task_is_cancelled_here() -> None:
     assert [spec[0] for spec in message[6]] == [id_of(2)]
 
 
+def test_the_home_hears_of_a_task_that_was_cancelled_before_it_was_sent() -> None:
+    """C2: what waits for it there ends; once the future is gone nobody needs to hear."""
+    shell, lane = Shell(), lane_at(POLARIS)
+    shell.submit(task(lane, 1), task(lane, 2))
+    shell.tell(ev.CancelAsked("request", [id_of(1), id_of(2)], False, shell.now))
+    shell.tell(ev.Dropped([id_of(2)]))
+    assert shell.up(POLARIS) == [
+        ev.Send(POLARIS, [m.SUBSCRIBE, POLARIS, [[id_of(1), None, None, False]]]),
+        ev.Send(POLARIS, [m.CANCEL, id_of(1), False]),
+    ]
+    assert shell.outcome(POLARIS, (id_of(1), m.CANCELLED_STATUS, None)) == []
+    assert shell.tell(ev.Dropped([id_of(1)])) == [ev.Send(POLARIS, [m.UNSUBSCRIBE, id_of(1)])]
+
+
 def test_a_sent_task_is_cancelled_by_its_endpoint() -> None:
     """C1."""
     shell, lane = Shell(), lane_at(POLARIS)

@@ -98,6 +98,16 @@ class HostileError(Exception):
         raise SystemExit("not like this")
 
 
+class UntouchableError(Exception):
+    """Whatever is asked of it, it raises what would end a process."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise KeyboardInterrupt
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        raise KeyboardInterrupt
+
+
 class BecomesNumberError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         return int, ("7",)
@@ -194,6 +204,14 @@ def test_e4_exceptions_that_cannot_be_rebuilt_keep_their_text(error: Exception, 
         assert back.type_name.endswith(type(error).__name__)
     if not isinstance(error, NoTextError):
         assert text in str(back)
+
+
+def test_e4_an_exception_that_cannot_even_be_looked_at_is_a_task_error() -> None:
+    failure = failures.from_exception(UntouchableError("hidden"), task_id=TASK, endpoint="polaris")
+    back = failures.to_exception(codec.unpack(codec.pack(failure)))
+    assert type(back) is TaskError
+    assert back.type_name.endswith("UntouchableError")
+    assert "KeyboardInterrupt" in str(back)
 
 
 def test_e4_a_huge_exception_is_cut_and_keeps_its_type() -> None:
