@@ -107,7 +107,9 @@ class Journal:
 
 def _check_header(header: bytes, path: Path) -> None:
     if len(header) < _HEADER.size or header[:3] != MAGIC:
-        raise ConfigError(f"{path} is not a journal of this program; move it away and start again", file=str(path))
+        raise ConfigError(
+            f"{path} is not a journal of this program; move it away and start again", file=str(path)
+        )
     if header[3] != VERSION:
         text = f"{path} is a journal of version {header[3]}, not {VERSION}; move it away and start again"
         raise ConfigError(text, file=str(path))

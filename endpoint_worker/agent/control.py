@@ -37,7 +37,8 @@ from gcref.brains.resolver import Resolver
 from gcref.brains.tasks import DISPATCHED, DONE, WAITING, Obj, Task
 from gcref.carriers import bulk as bk
 from gcref.carriers.base import Carrier, FdReady
-from gcref.errors import LostError, LostReason, StoreFullError
+from gcref.errors import LostError, LostReason, ProtocolError, StoreFullError
+from gcref.objects import blob
 from gcref.objects import failure as failures
 from gcref.wire import codec
 from gcref.wire import messages as m
@@ -303,7 +304,7 @@ class Control:
                 for party in obj.pins if obj is not None and obj.home == who.party else ():
                     self._peers.send(party, [m.STARTED, [item]])
         elif kind == m.EXPLAIN:
-            told = [self._resolver.describe(id) for id in inbox.split_ids(message[2])]
+            told = [self._describe(id, who) for id in inbox.split_ids(message[2])]
             self._peers.send(who.party, [m.EXPLAINED, message[1], told])
         elif kind == m.STATUS:
             self._peers.send(who.party, [m.STATUS_IS, message[1], self.describe()])
@@ -381,17 +382,34 @@ class Control:
         self._bulk.pull(obj.id, attempt, obj.size, source, token, mode, self._owner_keys.get(source))
 
     def _bulk_done(self, now: float) -> None:
-        pulled: list[tuple[bytes, int, str, int]] = []
+        pulled: list[tuple[bytes, int, str, int, bytes | None]] = []
         for done in self._bulk.take():
             if isinstance(done, bk.Pulled):
                 carrier, moved = max(done.carriers.items(), key=lambda way: way[1], default=("ipc", 0))
-                pulled.append((done.id, done.attempt, carrier, moved))
+                obj = self._resolver.objects.get(done.id)
+                refs = self._refs_in(done.id) if obj is not None and obj.home == self.me else None
+                pulled.append((done.id, done.attempt, carrier, moved, refs))
             else:
                 log.warning("pull of %s failed: %s %s", ids.text(done.id), done.reason, done.message)
                 self._obey(self._resolver.handle(ev.PullFailed(done.id, _pull_failure(done))), now)
         if pulled:
             self._obey(self._resolver.handle(ev.Pulled(pulled)), now)
         self._forget_evicted()
+
+    def _refs_in(self, id: bytes) -> bytes | None:
+        """The references inside an object of the store; only its head is read."""
+        try:
+            head = self._store.read(id, None, 0, blob.HEADER_BYTES)
+            count = blob.count_refs(head.buffer)
+            head.release()
+            if not count:
+                return None
+            whole = self._store.read(id, None, 0, blob.HEADER_BYTES + count * blob.REF_BYTES)
+            refs = blob.refs_of(whole.buffer)
+            whole.release()
+            return refs
+        except (LookupError, ProtocolError, LostError, OSError):
+            return None  # damaged, or freed already: the affair of whoever reads it
 
     def _stored(self, stored: ev.Stored) -> None:
         for id, attempt, path, size in stored.items:
@@ -624,6 +642,13 @@ class Control:
             self._peers.send(party, [m.CANCELLED, id, [gone]])
 
     # -------------------------------------------------------------------------------------------------- status
+
+    def _describe(self, id: bytes, who: ev.Who) -> dict[str, Any]:
+        """What EXPLAIN tells of an object: to those who may read it."""
+        obj = self._resolver.objects.get(id)
+        if obj is not None and obj.group is not None and not self._resolver.may_read(obj, who, None):
+            return {"state": "unknown"}
+        return self._resolver.describe(id)
 
     def describe(self) -> dict[str, Any]:
         """What `endpoint-worker status` shows; plain values only."""

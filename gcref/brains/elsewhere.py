@@ -136,7 +136,7 @@ class Elsewhere:
 
     def pulled(self, event: ev.Pulled) -> None:
         """The bytes of objects are in the store."""
-        for id, attempt, carrier, moved in event.items:
+        for id, attempt, carrier, moved, refs in event.items:
             obj = self._graph.objects.get(id)
             if obj is None or obj.extra is None or not obj.extra.pulling:
                 self._graph.frees.append(id)  # nobody wants it any more
@@ -150,7 +150,11 @@ class Elsewhere:
                     continue  # a relayed put: done when its home says so
             obj.attempt = attempt
             obj.extra.moved = (carrier, moved) if obj.home != self._graph.me else None
-            self._graph.end(obj, DONE, None, obj.size)
+            if refs and obj.group is not None:
+                who = ev.Who(obj.group.submitter, "user", obj.group.owner, "client")
+                self._graph.done(obj, None, obj.size, refs, who)
+            else:
+                self._graph.end(obj, DONE, None, obj.size)
         self._graph.settle()
 
     def pull_failed(self, event: ev.PullFailed) -> None:

@@ -308,6 +308,39 @@ class Graph:
             self.counts[STATE_NAMES[state]] += 1
         self._ended.append(obj)
 
+    def done(self, obj: Obj, value: bytes | None, size: int, refs: bytes | None, who: ev.Who) -> None:
+        """End an object that has its value, once the references inside it are pinned.
+
+        Args:
+            value: the blob, or None when it lies in the store.
+            size: of the blob, bytes.
+            refs: 48 bytes for each reference in it.
+            who: by whose rights they are pinned.
+        """
+        if refs and self._pin_contained(obj, refs, who):
+            assert obj.extra is not None
+            obj.extra.deferred = (DONE, value, size)
+        else:
+            self.end(obj, DONE, value, size)
+
+    def _pin_contained(self, obj: Obj, refs: bytes, who: ev.Who) -> bool:
+        """Pin the references inside a blob; True when its outcome must wait for their homes to confirm."""
+        obj.refs = refs
+        extra = obj.extra = obj.extra or Extra()
+        for at in range(0, len(refs), REF_BYTES):
+            new = refs[at : at + 16] not in self.objects
+            inner = self.reference(refs, at, who)
+            known = inner.extra is None or inner.extra.confirmed or inner.state >= DONE
+            if inner.home == self.me or inner.extra is None or known:
+                continue
+            if new:
+                self.subscribes[inner.home][-1][3] = True
+            else:
+                self.subscribe_to(inner, confirm=True)
+            inner.extra.awaited_by = [*(inner.extra.awaited_by or ()), obj]
+            extra.unconfirmed += 1
+        return extra.unconfirmed > 0
+
     def fail(self, task: Obj, failure: list[Any]) -> None:
         """End an object with a failure."""
         self.end(task, FAILED, None, 0, failure)

@@ -42,7 +42,9 @@ from gcref.brains.tasks import (
     Options,
     Task,
 )
+from gcref.errors import ProtocolError
 from gcref.objects import failure as failures
+from gcref.objects.blob import refs_of
 from gcref.wire import messages as m
 
 
@@ -248,7 +250,7 @@ class Resolver:
             obj.attempt = 1
             obj.size = size
             if blob is not None:
-                self._graph.end(obj, DONE, blob, len(blob))
+                self._graph.done(obj, blob, size, _refs_in(blob), who)
             else:
                 obj.extra = obj.extra or Extra()
                 obj.extra.pulling = True
@@ -433,36 +435,9 @@ class Resolver:
         else:
             inline = value if status == m.OK else None
             size = len(value) if status == m.OK else value[1]
-            if refs and self._pin_contained(task, refs):
-                assert task.extra is not None
-                task.missing = 1
-                task.extra.deferred = (DONE, inline, size)
-            else:
-                self._graph.end(task, DONE, inline, size)
-
-    def _pin_contained(self, task: Task, refs: bytes) -> bool:
-        """Pin the references inside a result; True when its outcome must wait for their homes to confirm."""
-        task.refs = refs
-        task.extra = task.extra or Extra()
-        group = task.group
-        who = ev.Who(b"", "worker", group.owner if group is not None else b"", "client")
-        for at in range(0, len(refs), REF_BYTES):
-            id = refs[at : at + 16]
-            new = id not in self._graph.objects
-            obj = self._graph.reference(refs, at, who)
-            if (
-                obj.home != self._graph.me
-                and obj.extra is not None
-                and not obj.extra.confirmed
-                and obj.state < DONE
-            ):
-                if new:
-                    self._graph.subscribes[obj.home][-1][3] = True
-                else:
-                    self._graph.subscribe_to(obj, confirm=True)
-                obj.extra.awaited_by = [*(obj.extra.awaited_by or ()), task]
-                task.extra.unconfirmed += 1
-        return task.extra.unconfirmed > 0
+            task.missing = 1  # until its outcome is told; it never becomes runnable again
+            owner = task.group.owner if task.group is not None else b""
+            self._graph.done(task, inline, size, refs, ev.Who(b"", "worker", owner, "client"))
 
     def _tasks_ended(self, event: ev.Ended) -> None:
         for task in event.tasks:
@@ -484,3 +459,11 @@ class Resolver:
                 task.state = WAITING
                 self._graph.end(task, CANCELLED, None, 0, failures.cancelled())
         self._graph.settle()
+
+
+def _refs_in(blob: bytes) -> bytes | None:
+    """The references in an uploaded blob; one that is damaged is the affair of whoever reads it."""
+    try:
+        return refs_of(blob)
+    except ProtocolError:
+        return None

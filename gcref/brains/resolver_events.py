@@ -104,9 +104,12 @@ class Ended(NamedTuple):
 
 
 class Pulled(NamedTuple):
-    """The bytes of these objects are in the store: (id, attempt, carrier, bytes moved)."""
+    """The bytes of these objects are in the store: (id, attempt, carrier, bytes moved, references inside or None).
 
-    items: list[tuple[bytes, int, str, int]]
+    References are told of what was uploaded here; those of another home's object are that home's to pin.
+    """
+
+    items: list[tuple[bytes, int, str, int, bytes | None]]
 
 
 class PullFailed(NamedTuple):

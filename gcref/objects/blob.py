@@ -173,6 +173,15 @@ def layout(buffer: bytes | bytearray | memoryview) -> Layout:
     return Layout((HEADER_BYTES, refs_end), spans[0], spans[1:])
 
 
+def count_refs(header: bytes | bytearray | memoryview) -> int:
+    """Tell from its first `HEADER_BYTES` how many references a blob has.
+
+    Raises:
+        ProtocolError: this is no blob, one of another version, or a damaged one.
+    """
+    return _read_header(header)[0]
+
+
 def refs_of(buffer: bytes | bytearray | memoryview) -> bytes:
     """Give the references in a blob: 48 bytes for each.
 

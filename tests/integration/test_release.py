@@ -349,6 +349,21 @@ def test_l5_a_reference_inside_a_result_keeps_its_object(work: Work, by: str) ->
     is_freed("polaris", "midway")
 
 
+@pytest.mark.parametrize("ballast", [0, 1_000_000], ids=["small", "large"])
+def test_l5_a_reference_inside_a_put_value_keeps_its_object(work: Work, ballast: int) -> None:
+    inner = work.b.submit(blob_of, 5_000_000)
+    outer = work.a.put({"ref": inner.ref(), "ballast": bytes(ballast)})
+    outer.exception(WAIT_S)
+    del inner
+    gc.collect()
+    assert [site.submit(inc, 1).result(WAIT_S) for site in (work.a, work.b) for _ in range(5)] == [2] * 10
+    assert used_bytes("midway") >= 5_000_000
+    assert work.a.submit(open_held, outer).result(WAIT_S) == 5_000_000
+    assert work.b.submit(open_held, outer).result(WAIT_S) == 5_000_000
+    del outer
+    is_freed("polaris", "midway")
+
+
 def test_l5_a_nested_future_in_a_result_is_a_reference_that_holds(work: Work, two_sites: Sites) -> None:
     outer = work.a.submit(_submit_inside, str(two_sites.midway.endpoint_id))
     found = outer.result(WAIT_S)

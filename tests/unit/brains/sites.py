@@ -127,7 +127,7 @@ class Site:
         found = source.resolver.readable(pull.obj.id, reader, pull.obj.extra.token)
         self.store[pull.obj.id] = source.store[found.id]
         self.pulled[pull.obj.id] += 1
-        self.handle(ev.Pulled([(pull.obj.id, pull.obj.attempt, "direct", pull.obj.size)]))
+        self.handle(ev.Pulled([(pull.obj.id, pull.obj.attempt, "direct", pull.obj.size, None)]))
 
 
 def split(joined: bytes) -> list[bytes]:

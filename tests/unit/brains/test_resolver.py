@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 import time
 
 import pytest
@@ -88,7 +89,7 @@ def test_an_argument_of_another_home_is_subscribed_to_once() -> None:
     told = r.handle(ev.Outcomes(THERE, [[object_id(9), m.STORED, 1 << 20, 1, None]], "direct"))
     pulls = [i for i in told if isinstance(i, ev.Pull)]
     assert [(p.obj.id, p.source) for p in pulls] == [(object_id(9), THERE)]
-    assert runnable(r.handle(ev.Pulled([(object_id(9), 1, "direct", 1 << 20)]))) == [
+    assert runnable(r.handle(ev.Pulled([(object_id(9), 1, "direct", 1 << 20, None)]))) == [
         object_id(1),
         object_id(2),
     ]
@@ -196,6 +197,24 @@ def test_a_reference_inside_a_result_is_pinned_before_it_is_told() -> None:
     assert items(told)[object_id(1)][1] == m.OK
     told = r.handle(ev.Unsubscribed(USER, [object_id(1)]))
     assert ev.Unsubscribe(THERE, [object_id(9)]) in told, "the pin goes with the result that held it"
+
+
+def test_a_reference_inside_a_put_is_pinned_before_it_is_told() -> None:
+    r = resolver()
+    inner = ref_to(object_id(9), THERE)
+    head = struct.pack("<3sBB3xII", b"GCB", 1, 0, 1, 0)
+    small = head + inner + b"stream"
+    told = r.handle(ev.Offered(USER, HERE, GROUP, SECRET, [[object_id(1), len(small), small]], 1.0))
+    assert told == [ev.Subscribe(THERE, [[object_id(9), inner[32:], None, True]])]
+    told = r.handle(ev.Outcomes(THERE, [[object_id(9), m.PENDING, None, 0, None]], "direct"))
+    assert items(told)[object_id(1)][1:3] == [m.OK, small]
+    r.handle(ev.Offered(USER, HERE, GROUP, SECRET, [[object_id(2), 1 << 20, None]], 1.0))
+    told = r.handle(ev.Pulled([(object_id(2), 1, "ipc", 1 << 20, inner)]))
+    assert items(told)[object_id(2)][1:3] == [m.STORED, 1 << 20], "it is pinned already"
+    r.handle(ev.Unsubscribed(USER, [object_id(1)]))
+    r.validate()
+    told = r.handle(ev.Unsubscribed(USER, [object_id(2)]))
+    assert ev.Unsubscribe(THERE, [object_id(9)]) in told
 
 
 def test_a_lost_home_ends_what_waited_for_it() -> None:
