@@ -23,6 +23,7 @@ from endpoint_worker import journal as journals
 from endpoint_worker.agent import inbox
 from endpoint_worker.agent.functions import Functions
 from endpoint_worker.agent.neighbours import KeyRing, Neighbours
+from endpoint_worker.agent.outbox import Outbox
 from endpoint_worker.agent.pool import Message, Pool
 from endpoint_worker.store import Store
 from endpoint_worker.worker import channel
@@ -46,6 +47,7 @@ from gcref.wire import messages as m
 log = logging.getLogger("gcref.agent")
 
 NOTIFY_LATER_S: Final = 0.002  # how long outcomes wait for company that only their submitter has not heard of
+RELEASE_LATER_S: Final = 0.02  # how long it waits for company that objects are let go
 OUTCOME_ITEMS_MAX: Final = 256  # in one message: 256 inline values of 100 KiB stay below the message limit
 
 
@@ -111,8 +113,7 @@ class Control:
         ] = {}  # whose bytes are taken only from a link that proved this key
         self._timed = (peers, resolver, dispatch, store)
         self._due_at = math.inf
-        self._later: dict[bytes, list[Any]] = {}
-        self._later_at: float | None = None
+        self._out = Outbox(peers)
         self._cancels: dict[bytes, list[bytes]] = {}  # id: parties that wait for the answer
         self._forced: set[bytes] = set()  # cancels that may kill
         self._killed: dict[int, list[Any]] = {}  # workers that we kill, and what their task is told
@@ -134,13 +135,17 @@ class Control:
             ev.Runnable: lambda i, now: self._obey(self._dispatch.handle(dp.Ready(i.tasks, now)), now),
             ev.Withdraw: lambda i, now: self._obey(self._dispatch.handle(dp.Withdraw(i.tasks, now)), now),
             ev.Notify: lambda i, now: self._notify(i.party, i.items),
-            ev.NotifyLater: self._notify_later,
+            ev.NotifyLater: lambda i, now: self._notify(i.party, i.items, now + NOTIFY_LATER_S),
             ev.Subscribe: lambda i, now: self._to_home(i.home, [m.SUBSCRIBE, i.home, i.items], now),
-            ev.Unsubscribe: lambda i, now: self._to_home(i.home, [m.UNSUBSCRIBE, b"".join(i.ids)], now),
-            ev.Forget: lambda i, now: self._peers.send(i.party, [m.FORGET, b"".join(i.ids)]),
+            ev.Unsubscribe: lambda i, now: self._out.say_by(
+                i.home, [m.UNSUBSCRIBE, b"".join(i.ids)], now + RELEASE_LATER_S
+            ),
+            ev.Forget: lambda i, now: self._out.say_by(
+                i.party, [m.FORGET, b"".join(i.ids)], now + RELEASE_LATER_S
+            ),
             ev.Relay: self._relay,
-            ev.NeedFunctions: lambda i, now: self._peers.send(i.party, [m.NEED_FUNCTION, i.digests]),
-            ev.Tasks: lambda i, now: self._peers.send(i.party, [m.TASKS, i.group, i.secret, i.tasks]),
+            ev.NeedFunctions: lambda i, now: self._out.say(i.party, [m.NEED_FUNCTION, i.digests]),
+            ev.Tasks: lambda i, now: self._out.say(i.party, [m.TASKS, i.group, i.secret, i.tasks]),
             ev.Pull: self._pull,
             ev.CancelPull: lambda i, now: self._bulk.cancel(i.id),
             ev.Idle: lambda i, now: self._store.set_cache(i.ids, True),
@@ -207,7 +212,7 @@ class Control:
 
     def _wait_s(self) -> float | None:
         """How long to wait at most; remembers until when, so that a turn before that need not ask the brains again."""
-        due = self._later_at
+        due = self._out.deadline
         for brain in self._timed:
             at = brain.deadline
             if at is not None and (due is None or at < due):
@@ -223,10 +228,8 @@ class Control:
 
     def _due(self, now: float) -> None:
         """Tell each brain whose deadline has come."""
-        if self._later_at is not None and self._later_at <= now:
-            later, self._later, self._later_at = self._later, {}, None
-            for party, items in later.items():
-                self._notify(party, items)
+        if (at := self._out.deadline) is not None and at <= now:
+            self._out.flush()
         if (at := self._dispatch.deadline) is not None and at <= now:
             self._obey(self._dispatch.handle(dp.Tick(self._pool.progress(), now)), now)
         if (at := self._peers.deadline) is not None and at <= now:
@@ -292,7 +295,7 @@ class Control:
         elif kind == m.NEED_FUNCTION:
             for digest in message[1]:
                 if (code := self._functions.get(digest)) is not None:
-                    self._peers.send(who.party, [m.FUNCTION, digest, code])
+                    self._out.say(who.party, [m.FUNCTION, digest, code])
         elif kind == m.CANCEL:
             self._cancel(inbox.split_ids(message[1]), message[2], who, now)
         elif kind == m.CANCELLED:
@@ -302,12 +305,12 @@ class Control:
             for item in message[1]:
                 obj = self._resolver.objects.get(item[0])
                 for party in obj.pins if obj is not None and obj.home == who.party else ():
-                    self._peers.send(party, [m.STARTED, [item]])
+                    self._out.say(party, [m.STARTED, [item]])
         elif kind == m.EXPLAIN:
             told = [self._describe(id, who) for id in inbox.split_ids(message[2])]
-            self._peers.send(who.party, [m.EXPLAINED, message[1], told])
+            self._out.say(who.party, [m.EXPLAINED, message[1], told])
         elif kind == m.STATUS:
-            self._peers.send(who.party, [m.STATUS_IS, message[1], self.describe()])
+            self._out.say(who.party, [m.STATUS_IS, message[1], self.describe()])
 
     def _peer_up(self, up: pe.PeerUp, now: float) -> None:
         self._absent.pop(up.party, None)
@@ -351,7 +354,7 @@ class Control:
             for carrier, address, key in found.bulk:
                 self._bulk.connect(home, address, key, carrier, "user")
             self._absent.setdefault(home, (now + self._endpoint_lost_s, "endpoint"))
-        self._peers.send(home, message)
+        self._out.say(home, message)
 
     def _relay(self, relay: ev.Relay, now: float) -> None:
         message = relay.message
@@ -361,14 +364,13 @@ class Control:
                     self._to_home(relay.home, [m.FUNCTION, digest, code], now)
         self._to_home(relay.home, message, now)
 
-    def _notify_later(self, later: ev.NotifyLater, now: float) -> None:
-        self._later.setdefault(later.party, []).extend(later.items)
-        if self._later_at is None:
-            self._later_at = now + NOTIFY_LATER_S
-
-    def _notify(self, party: bytes, items: list[Any]) -> None:
+    def _notify(self, party: bytes, items: list[Any], by: float | None = None) -> None:
         for at in range(0, len(items), OUTCOME_ITEMS_MAX):
-            self._peers.send(party, [m.OUTCOME, items[at : at + OUTCOME_ITEMS_MAX]])
+            message = [m.OUTCOME, items[at : at + OUTCOME_ITEMS_MAX]]
+            if by is None:
+                self._out.say(party, message)
+            else:
+                self._out.say_by(party, message, by)
 
     # --------------------------------------------------------------------------------------------------- bytes
 
@@ -567,7 +569,7 @@ class Control:
         unix = time.time()
         for task, since in zip(started.tasks, started.since, strict=True):
             for party in task.pins:
-                self._peers.send(party, [m.STARTED, [[task.id, task.attempt, unix - (now - since)]]])
+                self._out.say(party, [m.STARTED, [[task.id, task.attempt, unix - (now - since)]]])
 
     def _overran(self, overran: dp.Overran, now: float) -> None:
         task = overran.task
@@ -590,7 +592,7 @@ class Control:
         for id in wanted:
             obj = self._resolver.objects.get(id)
             if obj is None or obj.state >= DONE or not self._may_cancel(obj, who):
-                self._peers.send(who.party, [m.CANCELLED, id, [False]])
+                self._out.say(who.party, [m.CANCELLED, id, [False]])
                 continue
             self._cancels.setdefault(id, []).append(who.party)
             if obj.home != self.me:
@@ -639,7 +641,7 @@ class Control:
 
     def _cancel_answered(self, id: bytes, gone: bool) -> None:
         for party in self._cancels.pop(id, ()):
-            self._peers.send(party, [m.CANCELLED, id, [gone]])
+            self._out.say(party, [m.CANCELLED, id, [gone]])
 
     # -------------------------------------------------------------------------------------------------- status
 

@@ -230,6 +230,7 @@ class AgentProcess:
     def abandon(self) -> None:
         """In a forked child: lets go of the pipes, so that the parent's death is noticed."""
         self._abandoned = True
+        self._process.returncode = 0  # it is no child of this process, and nobody is to miss it
         for file in (self._stdin, self._stdout):
             try:
                 file.close()

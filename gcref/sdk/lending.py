@@ -8,6 +8,7 @@ ours in its place), and `await`. Outside a task nothing here does anything.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -24,6 +25,12 @@ def while_waiting(timeout: float | None) -> AbstractContextManager[None]:
     if context is None or (timeout is not None and timeout <= 0) or not _in_main_thread():
         return _NOTHING
     return context.blocking()
+
+
+def has_running_loop() -> bool:
+    """Whether this thread runs an event loop of asyncio."""
+    asyncio = sys.modules.get("asyncio")
+    return asyncio is not None and asyncio._get_running_loop() is not None
 
 
 def _in_main_thread() -> bool:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 import weakref
@@ -40,6 +39,7 @@ from gcref.sdk.callbacks import Caller
 from gcref.sdk.explain import explain, facts_of
 from gcref.sdk.future import ComputeFuture
 from gcref.sdk.large_values import LargeValues
+from gcref.sdk.lending import has_running_loop
 from gcref.sdk.reaching import Reaching
 from gcref.sdk.request import Request
 from gcref.sdk.transfers import Pull
@@ -203,7 +203,7 @@ class Loop:
         self.post(ev.CancelAsked(request, ids, force, time.monotonic()))
         if self._is_io_thread():
             return [False] * len(ids)
-        wait_s = IN_LOOP_WAIT_S if _has_running_loop() else config.CANCEL_WAIT_S + 0.1
+        wait_s = IN_LOOP_WAIT_S if has_running_loop() else config.CANCEL_WAIT_S + 0.1
         return request.wait(wait_s) or [False] * len(ids)
 
     def attach(self, home: bytes, group: bytes, timeout: float) -> Any:
@@ -344,7 +344,7 @@ class Loop:
         with self._burying:
             lost = failures.from_error(EndpointLostError(str(self._broken)))
             table = self._table
-            self._table = dict.fromkeys(table, _ignore) | {kind: table[kind] for kind in _LAST_RITES}
+            self._table = dict.fromkeys(table, lambda _: None) | {kind: table[kind] for kind in _LAST_RITES}
             while self.queue:
                 self._drain(_try)
             for peer in list(self._brain.peers):
@@ -397,11 +397,8 @@ class Loop:
             if self._has_ended(now, *self._ending):
                 return False
         self.asleep = True
-        if self.queue:
-            # Only ids of dropped futures may wait a little for more of their kind; `_drain` has taken all else.
-            timeout: float | None = 0.0
-        else:
-            timeout = self._wait_s(now)
+        # Only ids of dropped futures may wait a little for more of their kind; `_drain` has taken all else.
+        timeout = 0.0 if self.queue else self._wait_s(now)
         self._end_futures()  # last of all: who waits for them runs when the wait below lets go of the interpreter
         carrier = self._carrier
         assert carrier is not None
@@ -573,10 +570,6 @@ _EVENTS: Final = frozenset((ev.CancelAsked, ev.AttachAsked, ev.Opened, ev.Offere
 _LAST_RITES: Final = (ev.Settle, ev.Answer, ev.Idle)
 
 
-def _ignore(_: Any) -> None:
-    """Nothing is done about it."""
-
-
 def _try(fn: Callable[[], None]) -> None:
     """What was wanted of a thread that has ended; some of it can be done, and nobody waits for the rest."""
     try:
@@ -592,12 +585,6 @@ def future_of(entry: Entry) -> ComputeFuture[Any] | None:
         holder = holder[-1]
     found: ComputeFuture[Any] | None = None if holder is None else holder()
     return found
-
-
-def _has_running_loop() -> bool:
-    """Whether this thread runs an event loop of asyncio."""
-    asyncio = sys.modules.get("asyncio")
-    return asyncio is not None and asyncio._get_running_loop() is not None
 
 
 _loops: weakref.WeakSet[Loop] = weakref.WeakSet()
