@@ -94,6 +94,7 @@ MAX_LINES: Final = 600
 # Longer modules, each with the reason why it is one idea.
 LONG_MODULES: Final = {
     "gcref/brains/dispatch.py": "one brain: queue, look-ahead, leases, stealing and lent slots share every invariant",
+    "gcref/brains/graph.py": "one table, and the verbs that keep its rules: ends, aliases, releases",
     "gcref/brains/peers.py": "one brain: handshakes, choice of link and sessions share every invariant",
     "gcref/brains/submitter.py": "one brain: the client's tasks from submit to end, in one table of transitions",
     "endpoint_worker/agent/control.py": "one loop: the table that obeys all brains of the agent",

@@ -297,7 +297,7 @@ class Submitter:
             entry = self.entries.get(id)
             if entry is None or entry.state == ENDED or entry.lane is None:
                 cancel.answers[id] = False
-            elif entry.state == UNSENT:
+            elif entry.state == UNSENT and entry.spec is not None:  # else its home has it already
                 cancel.answers[id] = True
                 entry.extra = entry.extra or Extra()
                 entry.extra.revoked = True

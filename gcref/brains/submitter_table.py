@@ -99,7 +99,6 @@ class Peer:
         since: when that began.
         open: entries that have not ended and depend on it.
         outbox: entries that were not sent yet; those that have ended meanwhile are passed over.
-        stillborn: tasks that were cancelled before they were sent, and that their home must hear of.
         functions: digests of the functions that it was sent.
         look_at: when to look whether it runs.
         look_in: how long to wait for the look after that, seconds.
@@ -113,7 +112,7 @@ class Peer:
 
     __slots__ = (
         "failure", "fetches", "full", "functions", "give_up_at", "id", "look_at", "look_in", "open", "outbox",
-        "refused_at", "since", "state", "stillborn", "trouble",
+        "refused_at", "since", "state", "trouble",
     )  # fmt: skip
 
     def __init__(self, id: bytes) -> None:
@@ -122,7 +121,6 @@ class Peer:
         self.since = 0.0
         self.open = 0
         self.outbox: deque[Entry] = deque()
-        self.stillborn: list[tuple[Lane, Entry]] = []
         self.functions: set[bytes] = set()
         self.look_at = 0.0
         self.look_in = LOOK_AFTER_S

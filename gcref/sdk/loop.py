@@ -532,13 +532,15 @@ class Loop:
             future = holder()
             if future is not None:
                 ends.append((future, state, failed, raw, record))
-                if self._held:
-                    self._held.pop(future._id, None)
 
     def _end_futures(self) -> None:
         if self._ends:
             ends, self._ends = self._ends, []
             futures.settle(ends)
+            # Only now: a callback may have been added a moment ago.
+            if self._held:
+                for end in ends:
+                    self._held.pop(end[0]._id, None)
 
     def _running(self, running: ev.Running) -> None:
         futures.mark_running([future for holder in running.holders if (future := holder()) is not None])
@@ -580,9 +582,7 @@ def _try(fn: Callable[[], None]) -> None:
 
 def future_of(entry: Entry) -> ComputeFuture[Any] | None:
     """The future that stands for an entry's object, if it lives."""
-    holder = entry.holder
-    if type(holder) is list:
-        holder = holder[-1]
+    holder = entry.holder[-1] if type(entry.holder) is list else entry.holder
     found: ComputeFuture[Any] | None = None if holder is None else holder()
     return found
 

@@ -277,6 +277,14 @@ def test_a_silent_endpoint_costs_a_second_and_the_request_stands() -> None:
     assert ends(said) == [("future 1", "cancelled", None)]
 
 
+def test_a_task_that_was_reloaded_is_cancelled_by_its_endpoint() -> None:
+    """C1."""
+    shell, lane = Shell(), lane_at(POLARIS)
+    shell.tell(ev.Opened([(id_of(1), POLARIS, None, lane, "reloaded")], shell.now))
+    said = shell.tell(ev.CancelAsked("request", [id_of(1)], False, shell.now))
+    assert said == [ev.Send(POLARIS, [m.CANCEL, id_of(1), False])]
+
+
 def test_what_is_done_or_unknown_is_not_cancelled() -> None:
     shell, lane = Shell(), lane_at(POLARIS)
     shell.submit(task(lane, 1))
