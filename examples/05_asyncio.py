@@ -12,6 +12,7 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from gcref import ComputeFuture, Executor, LocalEndpoint
 
@@ -80,7 +81,7 @@ async def staying_responsive(site: Executor) -> None:
     print(f"loop: {beats} beats of 10 ms in {seconds:.2f} s, while {len(text) / 1e6:.0f} MB came in")
 
 
-async def value_of(future: ComputeFuture[tuple[str, int, int]]) -> tuple[str, int, int]:
+async def value_of(future: ComputeFuture[Any]) -> Any:
     return await future
 
 

@@ -192,7 +192,7 @@ def test_a_put_that_contains_a_future_keeps_it() -> None:
         del inner
         wait_until(outer.done, what="the put")
         gc.collect()
-        found = outer.result(WAIT_S)["inner"]
+        found: Any = outer.result(WAIT_S)["inner"]
         assert isinstance(found, gcref.ObjectRef)
         assert len(found.get(WAIT_S)) == 1_000_000
         assert found.size_bytes is not None
