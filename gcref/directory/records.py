@@ -56,6 +56,7 @@ class EndpointRecord:
         protocol: the protocol version that it speaks.
         running: False once the agent has stopped in order. After a crash it is still True: see `alive`.
         ephemeral: it was made for the lifetime of one process (`LocalEndpoint`).
+        host: names the machine that it was started on; a hint, no proof.
     """
 
     id: bytes
@@ -69,6 +70,7 @@ class EndpointRecord:
     protocol: int = config.PROTOCOL_VERSION
     running: bool = False
     ephemeral: bool = False
+    host: str = dataclasses.field(default_factory=lambda: this_host())
 
     def __post_init__(self) -> None:
         if len(self.id) != 16:
@@ -94,6 +96,20 @@ class EndpointRecord:
             return False
         if not self.same_host():
             return None
+        return self._holds_lock()
+
+    def alive_here(self) -> bool | None:
+        """As `alive`, but the record is believed about its machine.
+
+        What a dead agent leaves may have been swept by the next one that started, and the nonce with it. That is not to look
+        like an agent on another machine, for which a client has much more patience.
+        """
+        alive = self.alive()
+        if alive is None and self.host and self.host == this_host():
+            return self._holds_lock()
+        return alive
+
+    def _holds_lock(self) -> bool:
         return lock_is_held(config.host_dir(None) / self.id.hex() / "lock")
 
     def candidates(self, allowed: frozenset[str]) -> list[Candidate]:
@@ -137,7 +153,7 @@ class EndpointRecord:
         """
         if not isinstance(table, dict):
             raise ValueError("a record is a table")
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {"host": ""}
         for field in dataclasses.fields(cls):
             if field.name not in table:
                 if field.name in ("id", "name", "public_key"):
@@ -185,6 +201,15 @@ def check_name(name: str) -> str:
     except ValueError:
         return name
     raise ValueError(f"{name!r} cannot name an endpoint: it reads like an endpoint id")
+
+
+def this_host() -> str:
+    """A name for this machine since it was started, as seen from here: containers that share no memory have different ones."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        boot = os.uname().nodename
+    return f"{boot}/{os.stat(config.host_dir(None)).st_dev}"
 
 
 def lock_is_held(path: Path) -> bool:

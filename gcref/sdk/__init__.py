@@ -1,11 +1,17 @@
 """What users hold in their hands: executors, futures, endpoints of this machine, the client behind them.
 
-executor        submit, map, put: values and functions become messages
-future          ComputeFuture, the stdlib's future made light
-client          the sessions of this process with endpoints; `loop` is its I/O thread
-local_endpoint  an agent on this machine, as a context manager
-transfers       large blobs on their way
-callbacks, lending, agent_process   the thread for callbacks; slots of waiting tasks; agents as child processes
+    user's threads ── queue, wake ──► loop ──► brains.submitter, brains.peers ──► carrier
+                  ◄── future, callbacks ──┘
 
-user's threads ── queue, wake ──► loop ──► brains.submitter, brains.peers ──► carrier
+The modules, from what users see to what serves it:
+
+    executor          submit, put, map: values and functions become messages (mapping, options)
+    future            ComputeFuture, the stdlib's future made light; lending: what a waiting task does with its slot
+    client            who this process is; the executors that share its sessions
+    loop              the client's I/O thread: it owns the sockets and drives the brains
+    reaching          how it finds endpoints and gives them up (whereabouts: where they are)
+    large_values      fetches and uploads, by the bulk thread (transfers: what that thread finds here)
+    callbacks         the thread that runs the callbacks of futures
+    local_endpoint    a named agent on this machine; private_endpoint: one for a single executor (agent_process)
+    explain, request  what `explain` says; a question to the I/O thread
 """

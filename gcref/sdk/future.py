@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures._base import (
     CANCELLED,
@@ -79,7 +79,7 @@ class Record(NamedTuple):
     stderr: str
 
     @classmethod
-    def from_wire(cls, fields: list[Any]) -> Record:
+    def from_wire(cls, fields: Sequence[Any]) -> Record:
         """The record in an OUTCOME; fields that are missing at its end are empty."""
         received, started, ended, worker, attempts, pulled, stdout, stderr = (*fields, *[None] * 8)[:8]
         return cls(received, started, ended, worker, attempts or 0, pulled or {}, stdout or "", stderr or "")
@@ -162,7 +162,9 @@ class ComputeFuture(Future[T]):
     _result: Any = None
     _exception: BaseException | None = None
     _raw: Any = None
-    _fields: list[Any] | None = None
+    _fields: tuple[Any, ...] | None = (
+        None  # a tuple of plain values is soon of no interest to the garbage collector
+    )
     _token: bytes | None = None
     _size: int | None = None
     _guard: threading.Condition | None = None
@@ -256,6 +258,8 @@ class ComputeFuture(Future[T]):
 
     def cancel(self, force: bool = False) -> bool:
         """Asks that the task does not run, for a second at the most.
+
+        A thread that runs an event loop is held up for a twentieth of that at the most.
 
         Args:
             force: also if it runs already: its worker process is killed.
@@ -478,7 +482,7 @@ class ComputeFuture(Future[T]):
                 return
             self._raw = raw
             if fields is not None:
-                self._fields = fields
+                self._fields = tuple(fields)
             self._state = state
             for waiter in self._waiters:
                 if state != FINISHED:
@@ -508,7 +512,7 @@ def settle(ends: Iterable[End]) -> None:
             elif future._state not in ENDED:
                 future._raw = raw
                 if fields is not None:
-                    future._fields = fields
+                    future._fields = tuple(fields)
                 future._state = state
     for future, state, failed, raw, fields in watched or ():
         future._end_watched(state, failed, raw, fields)

@@ -57,7 +57,7 @@ class LocalEndpoint:
             raise ConfigError(str(error), key="name", remedy="choose another name") from None
         ways = None if carriers is None else sorted(_carriers(carriers))
         record = records.read(name, home)
-        if record is not None and record.alive() is not False:
+        if record is not None and record.alive_here() is not False:
             raise ConfigError(
                 f"endpoint {name!r} runs already (process {record.pid}); stop it with 'endpoint-worker stop {name}', or "
                 "choose another name",

@@ -55,7 +55,8 @@ class PrivateEndpoint:
                 left -= 1
                 if left:
                     return
-            loop.call_soon(self._leave, loop)
+            # A thread for it: neither the I/O thread nor that of the callbacks, one of which may wait for this very end.
+            threading.Thread(target=self._leave, args=(loop,), name="gcref-stop", daemon=True).start()
 
         for pull in pulls:
             pull.when_done(one_less)

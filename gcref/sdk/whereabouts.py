@@ -136,7 +136,7 @@ class Whereabouts:
         if record is None:
             gone = SEEN_GONE if party in self._ephemeral else SEEN_STOPPED
             return Seen(gone, f"{self.name_of(party)} was stopped, and its record is gone", None)
-        alive = record.alive()
+        alive = record.alive_here()
         if alive is None:
             return Seen(SEEN_UNKNOWN, f"{self.name_of(party)} does not answer", self._try_ways(record))
         if alive:

@@ -81,6 +81,19 @@ def test_shutdown_without_waiting_finishes_the_tasks(tmp_path: Path) -> None:
     assert [future.result(WAIT_S) for future in futures] == [0, 1, 2, 3]
 
 
+def test_a_callback_may_shut_its_executor_down() -> None:
+    """W4."""
+    executor = Executor(user_endpoint_config={"workers": 1})
+    ended = threading.Event()
+
+    def shut_down(_: Any) -> None:
+        executor.shutdown()
+        ended.set()
+
+    executor.submit(pow, 2, 3).add_done_callback(shut_down)
+    assert ended.wait(WAIT_S)
+
+
 def test_an_executor_that_is_dropped_ends_its_endpoint() -> None:
     executor = Executor(user_endpoint_config=TWO_WORKERS)
     future = executor.submit(large)

@@ -729,6 +729,7 @@ class Chaos:
         self.shell = Shell()
         self.up: set[int] = set()
         self.pulled: dict[bytes, tuple[int, int]] = {}
+        self.sizes: dict[tuple[bytes, int], int] = {}
 
     def step(self, data: st.DataObject) -> None:
         what = data.draw(
@@ -754,7 +755,8 @@ class Chaos:
     def do_pull(self, data: st.DataObject) -> None:
         id = data.draw(st.sampled_from(IDS))
         attempt = data.draw(st.integers(1, 2))
-        size = data.draw(st.integers(0, 60))
+        # The bytes of an attempt never change, and so neither does their number.
+        size = self.sizes.setdefault((id, attempt), data.draw(st.integers(0, 60)))
         source = B if id == Z else A
         self.pulled[id] = (attempt, size)
         mode = data.draw(st.sampled_from((MODE_BYTES, MODE_PATH, MODE_INTO)))
