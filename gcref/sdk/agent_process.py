@@ -53,6 +53,9 @@ class AgentProcess:
         workers: worker processes; None: as many as it thinks fit.
         carriers: the ways that it may use; None: as configured.
         config: its configuration, a table as in its TOML.
+
+    Attributes:
+        fd: descriptor of its stdout: readable when it has answered, or ended; until `stop`.
     """
 
     def __init__(
@@ -88,7 +91,8 @@ class AgentProcess:
         self._stdin: IO[bytes] = stdin
         self._stdout: IO[bytes] = stdout
         self._abandoned = False
-        os.set_blocking(self._stdout.fileno(), False)
+        self.fd: Final = stdout.fileno()
+        os.set_blocking(self.fd, False)
         self._tell(
             {
                 "name": name,
@@ -107,11 +111,6 @@ class AgentProcess:
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
-
-    @property
-    def fd(self) -> int:
-        """Descriptor of its stdout: readable when it has answered, or ended."""
-        return self._stdout.fileno()
 
     def _tell(self, order: Mapping[str, Any]) -> None:
         line = json.dumps(order).encode() + b"\n"

@@ -109,6 +109,8 @@ class Executor(concurrent.futures.Executor):
                 f"batch_size is {batch_size!r}; it must be a whole number, at least 1", key="batch_size"
             )
         group = ids.new_id() if task_group_id is None else ids.parse(task_group_id)
+        if ship_modules:
+            serialize.ship_modules(ship_modules)
         context = task_context.current
         process = None
         if endpoint_id is None and context is None:
@@ -117,18 +119,14 @@ class Executor(concurrent.futures.Executor):
             client = default_client() if client is None else client
             loop = client._enter()
             try:
+                home = _resolve(endpoint_id, loop) if process is None else process.id
                 if process is not None:
-                    home = process.id
-                    loop.start_process(process)
-                else:
-                    home = _resolve(endpoint_id, loop)
-                    if user_endpoint_config:
-                        warnings.warn(
-                            "user_endpoint_config configures a private endpoint; this one has its own configuration",
-                            stacklevel=2,
-                        )
-                if ship_modules:
-                    serialize.ship_modules(ship_modules)
+                    loop.start_process(process)  # from now on the loop reads from it: nothing below may fail
+                elif user_endpoint_config:
+                    warnings.warn(
+                        "user_endpoint_config configures a private endpoint; this one has its own configuration",
+                        stacklevel=2,
+                    )
             except BaseException:
                 client._leave(loop)
                 raise
@@ -398,12 +396,12 @@ class Executor(concurrent.futures.Executor):
         core.problem = core.problem or "cannot schedule new futures after shutdown"
         core.large_functions.clear()
         loop = core.loop
-        if loop.is_broken():
-            return
-        if cancel_futures:
+        if cancel_futures and not loop.is_broken():
             self._cancel_all()
         if core.private is not None:
             core.private.end(loop, self._root_lane())
+        if loop.is_broken():
+            return
         try:
             if wait:
                 self._wait_for_tasks()

@@ -6,7 +6,7 @@ end() ──► no task is open ──► live futures' values are fetched, larg
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from gcref.brains.submitter_table import Stored
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from gcref.brains.submitter_table import Lane
     from gcref.sdk.agent_process import AgentProcess
     from gcref.sdk.loop import Loop
+
+LET_GO_S: Final = 10.0
+"""How long the I/O thread may take to let go of an agent that is to be stopped."""
 
 
 class PrivateEndpoint:
@@ -63,10 +66,20 @@ class PrivateEndpoint:
         one_less()
 
     def _leave(self, loop: Loop) -> None:
+        # The I/O thread must have let go of the agent's pipe before that is closed.
+        let_go = threading.Event()
+
+        def let_it_go() -> None:
+            try:
+                loop.reaching.process_ends(self.process)
+            finally:
+                let_go.set()
+
         try:
-            loop.post(lambda: loop.reaching.process_ends(self.process))
+            loop.post(let_it_go)
+            let_go.wait(LET_GO_S)
         except RuntimeError:
-            pass
+            pass  # it has ended
         self._stop()
 
     def _stop(self) -> None:
