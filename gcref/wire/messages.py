@@ -104,7 +104,7 @@ def check(message: Any) -> int:
         raise RemoteProtocolError(f"unknown kind of message {kind!r:.40}")
     try:
         checker(message)
-    except (IndexError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise RemoteProtocolError(
             f"{NAMES[kind]}: a field is missing or has the wrong type ({error})"
         ) from None

@@ -151,6 +151,7 @@ def replaced(name: str, *path: Any) -> list[Any]:
         [],
         [0],
         [99],
+        [m.STARTED, [{}]],
         [True, ID],
         ["SUBMIT"],
         [[]],
