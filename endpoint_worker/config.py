@@ -50,6 +50,7 @@ class EndpointConfig:
         advertise: host names or addresses that others are told to dial; empty: found out from `bind`.
         store_limit_bytes: what the object store may hold in shared memory.
         spill_dir: where objects go that do not fit; `None`: the endpoint's folder on this machine's disk.
+        store_wait_s: how long results and pulls wait for room while memory and disk are full.
         journal: write the log from which a restarted agent recovers.
         journal_fsync: survive power loss too, at the price of a disk flush for each batch.
         heartbeat_s: silence after which a link is asked for a sign of life.
@@ -57,6 +58,7 @@ class EndpointConfig:
         lease_s: how long a vanished client's results are kept.
         unknown_object_s: how long a reference may wait for the submit that makes its object.
         adopt_s: how long workers outlive a dead agent.
+        worker_memory_bytes: what the tasks of one worker may take of memory; `None`: no limit.
         worker_env: environment variables of the workers.
         omp_threads: `OMP_NUM_THREADS` of a worker; `None`: as the environment says, else an equal share of
             the cores.
@@ -73,6 +75,7 @@ class EndpointConfig:
     advertise: tuple[str, ...] = ()
     store_limit_bytes: int = dataclasses.field(default_factory=default_store_limit)
     spill_dir: Path | None = None
+    store_wait_s: float = config.STORE_WAIT_S
     journal: bool = True
     journal_fsync: bool = False
     heartbeat_s: float = config.HEARTBEAT_S
@@ -80,6 +83,7 @@ class EndpointConfig:
     lease_s: float = config.LEASE_S
     unknown_object_s: float = config.UNKNOWN_OBJECT_S
     adopt_s: float = config.ADOPT_S
+    worker_memory_bytes: int | None = None
     # May hold secrets, and a repr ends up in a log.
     worker_env: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
     omp_threads: int | None = None
@@ -132,13 +136,13 @@ class EndpointConfig:
         """
         return cls.from_table(read_table(path), path)
 
-    def listen_address(self) -> str:
-        """Where the socket for messages is to listen, as ZeroMQ writes it."""
-        return _tcp(self.bind, self.port or "*")
+    def listen_address(self, port: int = 0) -> str:
+        """Where the socket for messages is to listen, as ZeroMQ writes it; on `port`, if any will do."""
+        return _tcp(self.bind, self.port or port or "*")
 
-    def bulk_listen_address(self) -> str:
-        """Where the socket for bulk is to listen, as ZeroMQ writes it."""
-        return _tcp(self.bind, self.bulk_port or "*")
+    def bulk_listen_address(self, port: int = 0) -> str:
+        """Where the socket for bulk is to listen, as ZeroMQ writes it; on `port`, if any will do."""
+        return _tcp(self.bind, self.bulk_port or port or "*")
 
     def advertised(self, bound: str) -> tuple[str, ...]:
         """What others are to dial, best first.
@@ -157,25 +161,22 @@ class EndpointConfig:
         """The variables that a worker gets beside those of its agent.
 
         Args:
-            worker: its number; devices are dealt out by it.
+            worker: its number, from 1; devices are dealt out by it.
         """
-        found = {"OMP_NUM_THREADS": str(self._threads())}
-        if self.gpus:
-            device = self.gpus[worker % len(self.gpus)]
-            # The first is understood by NVIDIA's and AMD's runtimes, the second by Intel's.
-            found["CUDA_VISIBLE_DEVICES"] = found["ZE_AFFINITY_MASK"] = device
+        # What the agent was started with is not ours to judge: "4,2" is a number of threads too.
+        found = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(self._share())}
         found.update(self.worker_env)
+        if self.omp_threads is not None:
+            found["OMP_NUM_THREADS"] = str(self.omp_threads)
+        if self.gpus:
+            device = self.gpus[(worker - 1) % len(self.gpus)]
+            # In this order for NVIDIA's, AMD's and Intel's runtimes.
+            found.update(CUDA_VISIBLE_DEVICES=device, HIP_VISIBLE_DEVICES=device, ZE_AFFINITY_MASK=device)
         return found
 
-    def _threads(self) -> int:
-        if self.omp_threads is not None:
-            return self.omp_threads
-        inherited = os.environ.get("OMP_NUM_THREADS", "")
-        return (
-            int(inherited)
-            if inherited.isdecimal() and int(inherited)
-            else max(1, cpu_count() // self.workers)
-        )
+    def _share(self) -> int:
+        """An equal share of the cores."""
+        return max(1, cpu_count() // self.workers)
 
 
 def interface_addresses() -> tuple[str, ...]:

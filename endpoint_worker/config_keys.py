@@ -200,6 +200,13 @@ KEYS: Final = (
         "Where objects go that do not fit in memory: a folder on a fast local disk. It may hold variables,\n"
         "such as $TMPDIR. If not said: the endpoint's own folder in /var/tmp.",
     ),
+    Key(
+        "store_wait_s",
+        _seconds(0),
+        f"{config.STORE_WAIT_S:g}",
+        "How long, in seconds, results and arguments wait for room while memory and disk are full, before\n"
+        "their tasks fail.",
+    ),
     Key("journal", _flag, "true", "Write the log from which a restarted agent recovers its tasks."),
     Key(
         "journal_fsync",
@@ -236,6 +243,14 @@ KEYS: Final = (
         _seconds(0),
         f"{config.ADOPT_S:g}",
         "How long, in seconds, workers outlive a dead agent, for the next one to adopt.",
+    ),
+    Key(
+        "worker_memory_bytes",
+        size_bytes,
+        '"16 GiB"',
+        "What the tasks of one worker may take of memory, in bytes or as text, beside what the worker takes\n"
+        "itself; arguments that lie in the store do not count. A task that wants more gets a MemoryError. If\n"
+        "not said: no limit.",
     ),
     Key(
         "worker_env",

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +29,9 @@ from typing import IO, Any, Final, NamedTuple
 
 from endpoint_worker.config import EndpointConfig, read_table
 from endpoint_worker.config_keys import template
-from gcref import config, errors, ids
+from gcref import config, ids
 from gcref.carriers import keys
-from gcref.directory import records
+from gcref.directory import launch, records
 from gcref.directory.records import EndpointRecord
 from gcref.errors import ConfigError, EndpointLostError, GcrefError, NotFoundError
 
@@ -151,30 +149,15 @@ def start(name: str, *, watch: bool = False, timeout_s: float = READY_S) -> Runn
     keys.load(folder / "key")
     keys.read_authorized(folder / "authorized_keys")
     note = _refuse_if_running(record)
-    order = {
-        "name": name,
-        "id": record.id.hex(),
-        "home": str(config.home()),
-        "private": False,
-        "workers": None,
-        "carriers": None,
-        "sys_path": [],
-        "config": table,
-        "watch_stdin": watch,
-    }
+    order = launch.order_for(record.id, name=name, home=config.home(), config=table, watch_stdin=watch)
     with _open_log(folder / "agent.log") as log:
         logged_from = log.tell()
-        process = subprocess.Popen(
-            # -P: a file that happens to lie in the working directory must not stand in for one of our modules.
-            [sys.executable, "-P", "-m", "endpoint_worker.agent"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=_environment(),
-            start_new_session=True,
-        )
+        process = launch.start_process(log)
     try:
-        _give_order(process, order, keep_open=watch)
+        assert process.stdin is not None
+        launch.tell(process.stdin, order)
+        if not watch:
+            process.stdin.close()
         _await_ready(process, name, timeout_s, folder / "agent.log", logged_from)
         return Running(process, existing(name), note)
     except BaseException:
@@ -307,27 +290,6 @@ def _open_log(path: Path) -> IO[bytes]:
     return log
 
 
-def _environment() -> dict[str, str]:
-    """Ours; where gcref runs from a checkout, with the checkout on the import path, which -P takes away."""
-    environment = dict(os.environ)
-    checkout = Path(__file__).resolve().parent.parent
-    if (checkout / "pyproject.toml").exists():
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, (str(checkout), environment.get("PYTHONPATH")))
-        )
-    return environment
-
-
-def _give_order(process: subprocess.Popen[bytes], order: dict[str, Any], *, keep_open: bool) -> None:
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it has ended already: its log says why
-        process.stdin.write(json.dumps(order).encode() + b"\n")
-        process.stdin.flush()
-    if not keep_open:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-
-
 def _await_ready(
     process: subprocess.Popen[bytes], name: str, timeout_s: float, log: Path, logged_from: int
 ) -> None:
@@ -340,19 +302,11 @@ def _await_ready(
             f"endpoint {name} was not ready within {timeout_s:g} s; {_log_says(log, logged_from)}"
         )
     try:
-        answer = json.loads(line)
-        if answer.get("ready") is True:
-            return
-        kind, message, fields = str(answer["error"]), str(answer["message"]), dict(answer.get("fields") or {})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        code = process.wait()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        launch.read_answer(line)
+    except ValueError:
+        how = launch.how_it_ended(process.wait())
         text = f"the agent of endpoint {name} {how} before it was ready; {_log_says(log, logged_from)}"
         raise EndpointLostError(text) from None
-    found = getattr(errors, kind, None)
-    if not (isinstance(found, type) and issubclass(found, GcrefError)):
-        raise GcrefError(f"{kind}: {message}")
-    raise found(message, **fields)
 
 
 def _read_line(descriptor: int, deadline: float) -> bytes | None:

@@ -1,35 +1,33 @@
 """How an endpoint is: asks its agent (STATUS) and puts the answer into words.
 
-The command is a party like any other, for the time of one question: a client with the user's key, one session, one message.
+    polaris: running, process 4711
+      tasks now    2 running, 1 sent ahead, 12 queued, 40 waiting for arguments
+      WORKER     PID   STATE  FOR    RUNS
+      polaris/1  4712  busy   12 s   simulate  0198…
+      LINK       IS        BY      SINCE  ROUND TRIP  BYTES IN        BYTES OUT
+      midway     endpoint  direct  2 min  0.3 ms      1.0 GiB, 80 MiB/s  -
 
-    record ── candidates ──► Peers ◄──► carrier ◄── STATUS / STATUS_IS ──► agent
+Moments come as ages, so that the clocks of two machines need not agree.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from gcref import config, ids
-from gcref.brains import peers_events as pe
-from gcref.brains.peers import Peers
-from gcref.carriers import keys
-from gcref.carriers.base import FdReady
-from gcref.carriers.zeromq import ZeroMQCarrier
+from gcref import ids
+from gcref.directory import asking, records
 from gcref.directory.records import EndpointRecord
-from gcref.errors import AuthError, ConfigError, EndpointLostError, VersionMismatchError
 from gcref.wire import messages as m
+from gcref.words import count, duration, size
 
-ANSWER_S: Final = 5.0
-"""How long an agent may take to answer; its loop never waits, so it is frozen or away when it does not."""
-
-_LINKS_SHOWN: Final = 20
+WORKERS_SHOWN: Final = 64
+LINKS_SHOWN: Final = 20
 
 
-def ask(record: EndpointRecord, *, timeout_s: float = ANSWER_S) -> dict[str, Any]:
+def ask(record: EndpointRecord, *, timeout_s: float = asking.ANSWER_S) -> dict[str, Any]:
     """Ask an endpoint's agent how it is.
 
     Raises:
@@ -38,77 +36,13 @@ def ask(record: EndpointRecord, *, timeout_s: float = ANSWER_S) -> dict[str, Any
         VersionMismatchError: it speaks another protocol.
         EndpointLostError: it does not answer.
     """
-    candidates = record.candidates(config.carriers_allowed())
-    if not candidates:
-        raise ConfigError(
-            f"no allowed way leads to endpoint {record.name!r}; GCREF_CARRIERS or config.toml leaves out what it offers",
-            key="carriers",
-            remedy="allow ipc or direct",
-        )
-    pair = keys.load_or_create(config.home() / "keys" / "user.key")
-    carrier = ZeroMQCarrier(pair, {})
-    try:
-        return _converse(carrier, pair.public, record, candidates, time.monotonic() + timeout_s)
-    finally:
-        carrier.close()
-
-
-def _converse(
-    carrier: ZeroMQCarrier,
-    key: bytes,
-    record: EndpointRecord,
-    candidates: list[pe.Candidate],
-    deadline: float,
-) -> dict[str, Any]:
-    now = time.monotonic()
-    # We listen nowhere: only the endpoint itself, whose key we expect, is ever judged here.
-    me = pe.Identity(ids.new_id(), pe.CLIENT, key, time.time_ns() // 1000)
-    peers = Peers(me, lambda _key, _hello: pe.PEER, now)
-    todo = peers.handle(pe.Know(record.id, candidates, now))
-    peers.send(record.id, [m.STATUS, 1])
-    refusals: list[str] = []  # each is about one way; another one may let us in
-    while True:
-        for instruction in [*todo, *peers.flush(now)]:
-            match instruction:
-                case pe.Dial():
-                    carrier.dial(instruction.link, instruction.address, instruction.server_key)
-                case pe.Transmit():
-                    carrier.send(instruction.link, instruction.frame)
-                case pe.Hangup():
-                    carrier.hangup(instruction.link)
-                case pe.Deliver():
-                    for message in instruction.messages:
-                        if message[0] == m.STATUS_IS:
-                            for last in peers.handle(pe.Forget(record.id)):
-                                if isinstance(last, pe.Transmit):
-                                    carrier.send(last.link, last.frame)
-                            return dict(message[2])
-                case pe.AuthRefused():
-                    refusals.append(instruction.message)
-                case pe.Mismatch():
-                    raise VersionMismatchError(f"endpoint {record.name!r}: {instruction.message}")
-                case _:
-                    pass
-        if len(refusals) >= len(candidates) or (refusals and now >= deadline):
-            raise AuthError(f"endpoint {record.name!r}: {refusals[0]}")
-        if now >= deadline:
-            ways = ", ".join(address for _carrier, address, _key in candidates)
-            raise EndpointLostError(
-                f"endpoint {record.name!r} does not answer (tried {ways})", endpoint_id=ids.text(record.id)
-            )
-        until = min(deadline, peers.deadline if peers.deadline is not None else deadline)
-        todo = []
-        for event in carrier.poll(max(0.0, until - time.monotonic())):
-            if not isinstance(event, FdReady):
-                todo += peers.handle(event)
-        now = time.monotonic()
-        todo += peers.handle(pe.Tick(now))
+    return dict(asking.ask(record, [m.STATUS, 1], timeout_s=timeout_s))
 
 
 def as_json(record: EndpointRecord, facts: Mapping[str, Any] | None) -> str:
     """Everything that is known, as JSON; ids as text."""
-    alive = record.alive()
-    return json.dumps({"record": record.as_json(), "alive": alive, "agent": facts}, indent=1, default=_plain)
+    told = {"record": record.as_json(), "alive": record.alive(), "agent": facts}
+    return json.dumps(told, indent=1, default=_plain)
 
 
 def lines(record: EndpointRecord, state: str, facts: Mapping[str, Any] | None) -> Iterator[str]:
@@ -123,71 +57,154 @@ def lines(record: EndpointRecord, state: str, facts: Mapping[str, Any] | None) -
     yield _line("id", ids.text(record.id))
     if facts is None:
         return
-    yield _line("since", _since(facts["started_unix_s"]))
+    started = facts["started_unix_s"]
+    day = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started))
+    yield _line("since", f"{day} ({duration(time.time() - started)} ago)")
     for title, address in zip(("reached by", *("",) * len(record.control)), record.control, strict=False):
         yield _line(title, address)
-    dispatch, counts, store = facts["dispatch"], facts["tasks"], facts["store"]
-    states = Counter(worker["state"] for worker in dispatch["workers"])
-    yield _line(
-        "workers", ", ".join(f"{count} {name}" for name, count in sorted(states.items())) or "none yet"
-    )
-    running = sum(worker["running"] is not None for worker in dispatch["workers"])
-    yield _line(
-        "tasks now",
-        f"{dispatch['queued']} queued, {running} running, {dispatch['blocked']} waiting for others",
-    )
-    ended = ", ".join(f"{counts[name]} {name}" for name in ("done", "failed", "cancelled", "lost"))
-    yield _line("tasks ever", f"{counts['submitted']} submitted, {ended}")
+    yield from _tasks(facts)
+    store = facts["store"]
     yield _line(
         "store",
-        f"{_size(store['used_bytes'])} of {_size(store['limit_bytes'])} in {store['objects']} objects, "
-        f"{_size(store['pooled_bytes'])} kept for reuse, {_size(store['disk_bytes'])} on disk",
+        f"{size(store['used_bytes'])} of {size(store['limit_bytes'])} used by {count(store['objects'], 'object')}, "
+        f"{size(store['pooled_bytes'])} kept for reuse, {size(store['disk_bytes'])} on disk",
     )
-    yield _line("journal", _size(facts["journal_bytes"]))
-    dropped = ", ".join(
-        f"{count} {kind}" for kind, count in facts.get("dropped_packets", {}).items() if count
-    )
-    yield _line("refused", f"{facts['refused_messages']} messages; packets dropped: {dropped or 'none'}")
+    yield _line("journal", size(facts["journal_bytes"]) if facts["journal_bytes"] else "none")
+    for trouble in facts.get("journal_troubles") or ():
+        yield _line("", str(trouble))
+    dropped = {kind: number for kind, number in facts.get("dropped_packets", {}).items() if number}
+    if facts["refused_messages"] or dropped:
+        packets = ", ".join(f"{number} {kind}" for kind, number in dropped.items()) or "none"
+        yield _line("refused", f"{count(facts['refused_messages'], 'message')}; packets dropped: {packets}")
+    yield from _workers(facts["dispatch"])
     yield from _links(facts["links"])
 
 
-def _links(links: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    yield _line("links", str(len(links)))
-    for party, link in list(links.items())[:_LINKS_SHOWN]:
-        told = [str(link["kind"] or "unknown"), f"by {link['carrier']}" if link["up"] else "away"]
-        if link["rtt_s"] is not None:
-            told.append(f"round trip {1000 * link['rtt_s']:.1f} ms")
-        if link["pending"]:
-            told.append(
-                f"{link['pending']} messages to go, {_size(link['unacked_bytes'] + link['queued_bytes'])}"
+def _tasks(facts: Mapping[str, Any]) -> Iterator[str]:
+    dispatch, counts, rates = facts["dispatch"], facts["tasks"], facts["rates"]
+    workers = dispatch["workers"]
+    running = sum(worker["running"] is not None for worker in workers)
+    ahead = sum(worker["held"] for worker in workers) - running
+    ended = sum(counts[name] for name in ("done", "failed", "cancelled", "lost"))
+    waiting = counts["submitted"] - ended - running - ahead - dispatch["queued"]
+    now = [f"{running} running"]
+    if dispatch["blocked"]:
+        now[0] += f" ({dispatch['blocked']} of them waiting inside for other tasks)"
+    now += [f"{ahead} sent ahead"] if ahead > 0 else []
+    now += [f"{dispatch['queued']:,} queued", f"{max(0, waiting):,} waiting for arguments"]
+    yield _line("tasks now", ", ".join(now))
+    ever = ", ".join(f"{counts[name]:,} {name}" for name in ("done", "failed", "cancelled", "lost"))
+    yield _line("tasks ever", f"{counts['submitted']:,} submitted, {ever}")
+    ended_s = sum(rates[name] for name in ("done", "failed", "cancelled", "lost"))
+    over = duration(rates["over_s"])
+    yield _line(
+        "rates", f"{_rate(rates['submitted'])} submitted, {_rate(ended_s)} ended (over the last {over})"
+    )
+
+
+def _workers(dispatch: Mapping[str, Any]) -> Iterator[str]:
+    workers: Sequence[Mapping[str, Any]] = dispatch["workers"]
+    yield ""
+    rows = [("WORKER", "PID", "STATE", "FOR", "RUNS")]
+    for worker in workers[:WORKERS_SHOWN]:
+        told = "-"
+        if worker["running"] is not None:
+            told = f"{worker.get('function') or 'a task'}  {ids.text(worker['running'])}"
+            if worker.get("attempt", 1) > 1:
+                told += f"  attempt {worker['attempt']}"
+            if worker["held"] > 1:
+                told += f"  and {worker['held'] - 1} more to run next"
+        elif worker["held"]:
+            told = f"{count(worker['held'], 'short task')}"
+        for_s = worker.get("for_s")
+        rows.append(
+            (
+                worker["worker"],
+                str(worker.get("pid") or "?"),
+                worker["state"],
+                "" if for_s is None else duration(for_s),
+                told,
             )
-        told += [
-            f"{way['carrier']} {way['address']}: {way['error']}" for way in link["links"] if way.get("error")
-        ]
-        yield f"    {party}  {', '.join(told)}"
-    if len(links) > _LINKS_SHOWN:
-        yield f"    … and {len(links) - _LINKS_SHOWN} more (--json shows all)"
+        )
+    yield from _table(rows)
+    hidden = len(workers) - WORKERS_SHOWN
+    if hidden > 0:
+        yield f"  … and {hidden} more (--json shows all)"
+    changing = [f"{dispatch[name]} {name}" for name in ("starting", "retiring") if dispatch[name]]
+    if changing:
+        yield f"  {', '.join(changing)}"
+
+
+def _links(links: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    names = {ids.text(record.id): record.name for record in records.list_records()}
+    shown = [(party, link) for party, link in links.items() if link["up"] or link["kind"] != "client"]
+    away = [link for link in links.values() if not link["up"] and link["kind"] == "client"]
+    rows: list[Sequence[str]] = [("LINK", "IS", "BY", "SINCE", "ROUND TRIP", "BYTES IN", "BYTES OUT", "")]
+    for party, link in shown[:LINKS_SHOWN]:
+        rows.append(_link(party, link, names))
+    yield ""
+    yield from _table(rows) if shown else ("  no links",)
+    if len(shown) > LINKS_SHOWN:
+        yield f"  … and {len(shown) - LINKS_SHOWN} more (--json shows all)"
+    if away:
+        left = max((link.get("given_up_in_s") or 0.0 for link in away), default=0.0)
+        kept = f"; what they wait for is kept for {duration(left)} at most" if left > 0 else ""
+        yield f"  {count(len(away), 'client')} away{kept}"
+
+
+def _link(party: str, link: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, ...]:
+    kind = "worker" if link.get("worker") else link["kind"] or "not met yet"
+    name = link.get("worker") or names.get(party) or party
+    troubles = [
+        f"{way['carrier']} {way['address']}: {way['error']}" for way in link["links"] if way.get("error")
+    ]
+    told = []
+    if link["pending"]:
+        told.append(
+            f"{count(link['pending'], 'message')} to go ({size(link['unacked_bytes'] + link['queued_bytes'])})"
+        )
+    if not link["up"] and link.get("given_up_in_s") is not None:
+        told.append(f"given up in {duration(link['given_up_in_s'])}")
+    into, out = _moved(link.get("moved") or {})
+    return (
+        name,
+        kind,
+        str(link["carrier"]) if link["up"] else "away",
+        duration(link["since_s"]) if link.get("since_s") is not None else "-",
+        duration(link["rtt_s"]) if link.get("rtt_s") is not None else "-",
+        into,
+        out,
+        "; ".join([*told, *troubles]),
+    )
+
+
+def _moved(moved: Mapping[str, Sequence[float]]) -> tuple[str, str]:
+    """Bytes of objects that came and went over a link, and how fast at present."""
+    sums = [sum(column) for column in zip(*moved.values(), strict=True)] or [0.0] * 4
+    ways = []
+    for total, rate in (sums[:2], sums[2:]):
+        now = f", {size(rate)}/s" if rate >= 1 else ""
+        ways.append(f"{size(total)}{now}" if total else "-")
+    return ways[0], ways[1]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        yield f"  {'  '.join(cells)}".rstrip()
 
 
 def _line(title: str, text: str) -> str:
     return f"  {title:<11} {text}"
 
 
-def _since(unix_s: float) -> str:
-    minutes, seconds = divmod(max(0, int(time.time() - unix_s)), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (seconds, "s")]
-    ago = [f"{count} {unit}" for count, unit in parts if count] or ["0 s"]
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(unix_s))} ({' '.join(ago[:2])})"
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} TiB"
+def _rate(per_s: float) -> str:
+    if per_s >= 10:
+        return f"{per_s:,.0f}/s"
+    if per_s >= 1 or per_s == 0:
+        return f"{per_s:.1f}/s" if per_s else "0/s"
+    return f"{60 * per_s:.2g}/min"
 
 
 def _plain(value: Any) -> Any:

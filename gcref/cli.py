@@ -1,8 +1,9 @@
 """The command `gcref`: what a user asks on the client's side.
 
-    gcref endpoints    the endpoints that this GCREF_HOME knows
-    gcref key          the user's public key, for somebody's authorized_keys
-    gcref version      versions, for a report
+    gcref endpoints       the endpoints that this GCREF_HOME knows
+    gcref explain TASK    where a task is, what it waits for, since when, and which attempts failed
+    gcref key             the user's public key, for somebody's authorized_keys
+    gcref version         versions, for a report
 
 Exit codes: 0 done · 1 it could not be done, stderr says why · 2 the command line is wrong.
 """
@@ -66,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         ("version", _version, "Print the versions of gcref and of what it stands on."),
     ):
         commands.add_parser(name, help=text, description=text).set_defaults(command=command)
+    text = "Tell where a task is, what it waits for, since when, and which attempts failed."
+    explain = commands.add_parser("explain", help=text, description=text)
+    explain.add_argument("task", metavar="TASK", help="the task's id, as `future.task_id` gives it")
+    explain.add_argument("--endpoint", metavar="NAME", help="ask this endpoint alone (default: all that run)")
+    explain.add_argument("--json", action="store_true", help="what the endpoints say, as JSON")
+    explain.set_defaults(command=_explain)
     return parser
 
 
@@ -94,6 +101,15 @@ def _state(record: EndpointRecord) -> str:
     if alive is None:
         return "away"  # on another machine: only a connection would tell
     return "running" if alive else "stopped"
+
+
+def _explain(said: argparse.Namespace) -> None:
+    from gcref.sdk import inquiry
+
+    found = inquiry.inquire(said.task, said.endpoint)
+    print(inquiry.as_json(found) if said.json else inquiry.text(found))
+    for problem in found.problems:
+        print(f"gcref: {problem}", file=sys.stderr)
 
 
 def _key(said: argparse.Namespace) -> None:

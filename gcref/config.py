@@ -7,6 +7,8 @@ remembered: a change is seen by the next client.
     hub_url  = "https://hub.example.org"
     token    = "…"
     carriers = ["ipc", "direct", "broker"]
+    endpoint_lost_s = 600    # how long an endpoint may be out of reach before its futures fail
+    heartbeat_s     = 5      # silence after which it is asked for a sign of life; it is down after three times that
 
 Two kinds of folders:
 
@@ -59,6 +61,8 @@ UNKNOWN_OBJECT_S: Final = 600.0
 ENDPOINT_LOST_S: Final = 600.0
 # How long workers outlive a dead agent.
 ADOPT_S: Final = 60.0
+# How long results and arguments wait for room in a full store.
+STORE_WAIT_S: Final = 30.0
 # How long `cancel` waits for the agent's answer.
 CANCEL_WAIT_S: Final = 1.0
 # How long the end of the interpreter may be held up by submits that are not acknowledged.
@@ -79,16 +83,23 @@ class ClientConfig(NamedTuple):
         hub_url: address of the hub; None: there is no hub, only this machine and what the records name.
         token: proves to the hub who the user is; None: nobody.
         carriers: the ways that may be used.
+        endpoint_lost_s: how long an endpoint may be out of reach before what is open there fails, seconds.
+        heartbeat_s: silence after which an endpoint is asked for a sign of life, seconds.
     """
 
     hub_url: str | None
     token: str | None
     carriers: frozenset[str]
+    endpoint_lost_s: float = ENDPOINT_LOST_S
+    heartbeat_s: float = HEARTBEAT_S
 
     def __repr__(self) -> str:
         # The token is a secret; representations end up in logs.
         token = None if self.token is None else "…"
-        return f"ClientConfig(hub_url={self.hub_url!r}, token={token!r}, carriers={sorted(self.carriers)!r})"
+        return (
+            f"ClientConfig(hub_url={self.hub_url!r}, token={token!r}, carriers={sorted(self.carriers)!r}, "
+            f"endpoint_lost_s={self.endpoint_lost_s:g}, heartbeat_s={self.heartbeat_s:g})"
+        )
 
 
 def home() -> Path:
@@ -117,11 +128,10 @@ def client_config() -> ClientConfig:
     """
     path = home() / "config.toml"
     table = _read_toml(path)
-    unknown = sorted(table.keys() - {"hub_url", "token", "carriers"})
+    unknown = sorted(table.keys() - set(ClientConfig._fields))
     if unknown:
-        raise _wrong(
-            path, unknown[0], "is not a known setting", "remove it; known are hub_url, token and carriers"
-        )
+        known = ", ".join(ClientConfig._fields)
+        raise _wrong(path, unknown[0], "is not a known setting", f"remove it; known are {known}")
     hub_url = os.environ.get("GCREF_HUB_URL") or _text_setting(path, table, "hub_url")
     if hub_url is not None and not hub_url.startswith(("http://", "https://")):
         source: Path | str = "environment" if os.environ.get("GCREF_HUB_URL") else path
@@ -129,7 +139,13 @@ def client_config() -> ClientConfig:
             source, "hub_url", f"is {hub_url!r}", "write an address that starts with https:// or http://"
         )
     token = os.environ.get("GCREF_TOKEN") or _text_setting(path, table, "token")
-    return ClientConfig(hub_url, token, _carriers_from_environment() or _carriers_from_file(path, table))
+    return ClientConfig(
+        hub_url,
+        token,
+        _carriers_from_environment() or _carriers_from_file(path, table),
+        _seconds_setting(path, table, "endpoint_lost_s", ENDPOINT_LOST_S),
+        _seconds_setting(path, table, "heartbeat_s", HEARTBEAT_S),
+    )
 
 
 def carriers_allowed(explicit: Iterable[str] | None = None) -> frozenset[str]:
@@ -239,6 +255,13 @@ def _text_setting(path: Path, table: dict[str, Any], key: str) -> str | None:
     if value is None or (isinstance(value, str) and value):
         return value
     raise _wrong(path, key, "must be a text that is not empty", "write it in quotes, or remove it")
+
+
+def _seconds_setting(path: Path, table: dict[str, Any], key: str, default: float) -> float:
+    value = table.get(key, default)
+    if type(value) in (int, float) and 0.05 <= value < float("inf"):
+        return float(value)
+    raise _wrong(path, key, f"is {value!r}", "write a number of seconds, at least 0.05")
 
 
 def _carriers_from_environment() -> frozenset[str] | None:

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a home of one's own, two sites, and a look for what was left behind after each module."""
+"""Fixtures for all tests: a home of one's own, two sites, a gate, and a look for what a module left behind."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import hypothesis
 import pytest
 
 from tests.support.leaks import Traces, assert_nothing_left, mark_run, start_library_threads
+from tests.support.tasks import Gate
 
 if TYPE_CHECKING:
-    from gcref import Executor, LocalEndpoint
+    from gcref import Client, Executor, LocalEndpoint
 
 # The machine may be busy: how long an example takes says nothing. Examples that failed are kept by no one else.
 hypothesis.settings.register_profile(
@@ -34,6 +35,14 @@ class Sites(NamedTuple):
 
     polaris: LocalEndpoint
     midway: LocalEndpoint
+
+
+class Work(NamedTuple):
+    """A client of its own, with an executor at each of two sites."""
+
+    client: Client
+    a: Executor
+    b: Executor
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,3 +103,24 @@ def midway(two_sites: Sites) -> Iterator[Executor]:
 
     with Executor(two_sites.midway.endpoint_id) as executor:
         yield executor
+
+
+@pytest.fixture
+def work(two_sites: Sites) -> Iterator[Work]:
+    """A client and its executors at polaris and midway, for one test."""
+    from gcref import Client, Executor
+
+    with (
+        Client() as client,
+        Executor(two_sites.polaris.endpoint_id, client) as a,
+        Executor(two_sites.midway.endpoint_id, client) as b,
+    ):
+        yield Work(client, a, b)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    """A closed gate; opened at the end, so that no task is left waiting."""
+    found = Gate.at(tmp_path)
+    yield found
+    found.open()

@@ -25,6 +25,7 @@ STEPS: Final = {
     "gcref.ids": 0,
     "gcref.config": 0,
     "gcref.task_context": 0,
+    "gcref.words": 0,
     "gcref.wire": 1,
     "gcref.objects": 1,
     "gcref.brains": 2,

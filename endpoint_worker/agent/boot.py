@@ -25,16 +25,20 @@ from pathlib import Path
 from typing import Final
 
 from endpoint_worker.agent.control import Control
+from endpoint_worker.agent.functions import Functions
 from endpoint_worker.agent.logs import log_to_stderr
+from endpoint_worker.agent.memory import Memory
 from endpoint_worker.agent.neighbours import KeyRing, Neighbours
 from endpoint_worker.agent.pool import Pool
 from endpoint_worker.agent.ports import StoreProvider, StoreSink
+from endpoint_worker.agent.recovery import NOTHING, TakenUp, take_up
 from endpoint_worker.agent.start import MAX_LINE_BYTES, Order
 from endpoint_worker.config import EndpointConfig
 from endpoint_worker.journal import Journal
 from endpoint_worker.store import Store
-from endpoint_worker.store.sweep import claim, release, sweep
+from endpoint_worker.store.sweep import claim, mark_recoverable, release, sweep
 from endpoint_worker.worker.channel import AgentChannel
+from endpoint_worker.worker.remains import Remains
 from endpoint_worker.worker.zygote import Zygote
 from gcref import config as limits
 from gcref import ids
@@ -52,6 +56,7 @@ from gcref.errors import ConfigError
 log = logging.getLogger("gcref.agent")
 
 EXTRA_WORKERS: Final = 4  # times the workers: processes that may exist beside them for lent slots
+_LEFT: Final = ("workers", "segments")  # in the endpoint's folder in memory: what the next life looks at
 GC_THRESHOLD: Final = 50_000  # our own tables have no cycles: collecting often only costs time
 
 
@@ -93,11 +98,13 @@ class Agent:
 
         before = records.read(order.name, home) if home is not None else None
         self._ephemeral = before.ephemeral if before is not None else order.watch_stdin
+        # Whoever may be started again takes up what it left; nobody starts the others again.
+        self._returns = settings.journal and not order.private and not self._ephemeral
 
         place = self._lock(order)
         nonce = secrets.token_hex(16)
         (place / "nonce").write_text(nonce, encoding="ascii")
-        zygote = self._zygote(order, place)
+        zygote, remains = self._zygote(order, place, settings.adopt_s)
         self._closing.callback(zygote.close)
 
         allowed = KeyRing(folder / "authorized_keys" if folder is not None else None, home)
@@ -106,8 +113,14 @@ class Agent:
         pool_channel = AgentChannel(f"ipc://{place}/workers.sock")
         self._closing.callback(pool_channel.close)
 
-        store = Store(place / "segments", self._spill_folder(order, settings), settings.store_limit_bytes)
-        self._closing.callback(store.close)
+        store = Store(
+            place / "segments",
+            self._spill_folder(order, settings),
+            settings.store_limit_bytes,
+            recover=self._returns,
+            wake=carrier.wake,
+        )
+        self._closing.callback(self._close_store, store)
         resolver = Resolver(order.id, unknown_object_s=settings.unknown_object_s, lease_s=settings.lease_s)
         now = time.monotonic()
 
@@ -120,8 +133,8 @@ class Agent:
             agent_id=order.id,
             control_address=control_ipc,
             bulk_address=bulk_ipc,
-            env=_worker_env(settings),
-            gpus=settings.gpus,
+            environment=settings.environment,
+            memory_bytes=settings.worker_memory_bytes,
         )
         bulk = BulkThread(
             BulkIdentity(order.id, ENDPOINT, pair),
@@ -129,30 +142,37 @@ class Agent:
             StoreSink(store),
             wake=carrier.wake,
             allowed=allowed,
+            no_link_s=settings.endpoint_lost_s,
+            heartbeat_s=settings.heartbeat_s,
         )
         bulk.start()
         self._closing.callback(bulk.close)
         bulk.listen(bulk_ipc)
         control, bulks = [control_ipc] if "ipc" in ways else [], [bulk_ipc] if "ipc" in ways else []
         if "direct" in ways and not order.private:
-            control += self._listen_tcp(carrier.listen, settings, settings.listen_address(), "port")
-            bulks += self._listen_tcp(bulk.listen, settings, settings.bulk_listen_address(), "bulk_port")
+            ports = _ports_of(before)
+            control += self._listen_tcp(carrier.listen, settings, settings.listen_address, "port", ports[0])
+            bulks += self._listen_tcp(
+                bulk.listen, settings, settings.bulk_listen_address, "bulk_port", ports[1]
+            )
 
         def authorize(key: bytes | None, hello: Hello) -> str | None:
             if key is None:  # ipc: whoever can open the socket is this very user
                 return "worker" if pool.worker_of_party(hello.party) is not None else USER
             return allowed.get(key)
 
-        journal = self._journal(order, settings)
-        if journal is not None:
-            self._closing.callback(journal.close)
         epoch = time.time_ns() // 1000
         identity = Identity(order.id, ENDPOINT, pair.public, epoch)
+        peers = Peers(identity, authorize, now, heartbeat_s=settings.heartbeat_s)
+        functions = Functions()
+        journal = self._journal(order, settings)
+        memory = Memory(journal, resolver, peers, functions, order.name)
+        taken_up = self._take_up(memory, remains, resolver, store, now)
         self.control = Control(
             me=order.id,
             name=order.name,
             carrier=carrier,
-            peers=Peers(identity, authorize, now, heartbeat_s=settings.heartbeat_s),
+            peers=peers,
             resolver=resolver,
             dispatch=Dispatch(settings.workers, max_extra=EXTRA_WORKERS * settings.workers, now=now),
             pool=pool,
@@ -160,11 +180,13 @@ class Agent:
             bulk=bulk,
             neighbours=Neighbours(home, ways),
             allowed=allowed,
-            journal=journal,
+            functions=functions,
+            memory=memory,
             endpoint_lost_s=settings.endpoint_lost_s,
             lease_s=settings.lease_s,
+            store_wait_s=settings.store_wait_s,
         )
-        pool.spawn(settings.workers)
+        self.control.begin(taken_up, now)
         self.control.watch_workers(pool_channel.socket, zygote.fd)
         if order.watch_stdin:
             self.control.watch(0, self._stdin_ready)
@@ -175,6 +197,7 @@ class Agent:
             "control": control_ipc,
             "bulk": bulk_ipc,
         }
+        self.control.dump.install()
         if home is not None:
             self._publish(order, pair, control, bulks, nonce, home)
 
@@ -183,7 +206,7 @@ class Agent:
         sweep(limits.host_dir(), limits.disk_dir())
         place = limits.host_dir(order.id)
         try:
-            lock = claim(place)
+            lock = claim(place, keep=_LEFT if self._returns else ())
         except BlockingIOError:
             raise ConfigError(
                 f"endpoint {order.name!r} runs already on this machine; stop it with "
@@ -191,19 +214,52 @@ class Agent:
                 key="name",
                 remedy=f"endpoint-worker stop {order.name}",
             ) from None
-        self._closing.callback(release, place, lock)
-        self._closing.callback(_remove_disk, limits.disk_dir(order.id))
+        self._kept: tuple[str, ...] = ()
+        self._closing.callback(lambda: release(place, lock, keep=self._kept))
+        self._closing.callback(self._remove_disk, limits.disk_dir(order.id))
         return place
 
-    def _zygote(self, order: Order, place: Path) -> Zygote:
-        """Fork the zygote with the import path that tasks are to have."""
+    def _zygote(self, order: Order, place: Path, adopt_s: float) -> tuple[Zygote, list[Remains]]:
+        """The process that makes the workers: the one that an earlier life left, or a new one; and what is left of workers."""
+        folder = place / "workers"
+        remains: list[Remains] = []
+        if self._returns:
+            adopted = Zygote.adopt(folder, folder)
+            if adopted is not None:
+                return adopted, adopted.workers()
+            remains = Zygote.remains(folder, folder)
+        # Forked with the import path that tasks are to have.
         own = list(sys.path)
         if order.sys_path:
             sys.path[:] = order.sys_path + [entry for entry in own if entry not in order.sys_path]
         try:
-            return Zygote.start(place / "workers", place / "workers")
+            return Zygote.start(folder, folder, adopt_s=adopt_s if self._returns else 0.0), remains
         finally:
             sys.path[:] = own
+
+    def _take_up(
+        self, memory: Memory, remains: list[Remains], resolver: Resolver, store: Store, now: float
+    ) -> TakenUp:
+        """Be who we were. From here on the journal tells of this life."""
+        if not self._returns:
+            return NOTHING
+        taken_up = take_up(memory.recall(), remains, resolver, store, self.order.name, now)
+        memory.compact()
+        assert self.order.home is not None, "an endpoint that comes back has a home"
+        folder = records.endpoint_dir(self.order.name, Path(self.order.home))
+        mark_recoverable(limits.disk_dir(self.order.id), needs=[self._journal_folder(), folder])
+        return taken_up
+
+    def _close_store(self, store: Store) -> None:
+        if store.close(keep=self._returns):
+            self._kept = ("segments",)
+
+    def _remove_disk(self, folder: Path) -> None:
+        """Remove what is of no use without us from the endpoint's folder on disk, and the folder if that was all."""
+        if not self._returns:
+            shutil.rmtree(folder / "spill", ignore_errors=True)
+        with suppress(OSError):  # a journal is there
+            folder.rmdir()
 
     def _spill_folder(self, order: Order, settings: EndpointConfig) -> Path:
         if settings.spill_dir is not None:
@@ -215,10 +271,19 @@ class Agent:
         return limits.disk_dir(order.id) / "spill" / "objects"
 
     def _listen_tcp(
-        self, listen: Callable[[str], str], settings: EndpointConfig, address: str, key: str
+        self,
+        listen: Callable[[str], str],
+        settings: EndpointConfig,
+        address: Callable[[int], str],
+        key: str,
+        before: int,
     ) -> list[str]:
+        """Listen, where it was free to choose on the port of before: those who know it need not look for us again."""
+        if before and not getattr(settings, key):
+            with suppress(ConfigError):  # somebody else has it now
+                return list(settings.advertised(listen(address(before))))
         try:
-            return list(settings.advertised(listen(address)))
+            return list(settings.advertised(listen(address(0))))
         except ConfigError as error:
             remedy = f"set bind and {key} to what is free; {key} = 0 takes any free port"
             raise ConfigError(
@@ -226,17 +291,14 @@ class Agent:
             ) from error
 
     def _journal(self, order: Order, settings: EndpointConfig) -> Journal | None:
-        if order.private or not settings.journal:
+        if not self._returns:
             return None
-        folder = limits.disk_dir(order.id)
-        if self._ephemeral:
-            folder /= (
-                "spill"  # which goes with us, also after our death: nobody will start this endpoint again
-            )
-            folder.mkdir(mode=0o700, exist_ok=True)
-        path = folder / "journal"
-        path.unlink(missing_ok=True)  # the graph of an earlier life is not taken up again
-        return Journal(path, fsync=settings.journal_fsync)
+        journal = Journal(self._journal_folder(), fsync=settings.journal_fsync)
+        self._closing.callback(journal.close)
+        return journal
+
+    def _journal_folder(self) -> Path:
+        return limits.disk_dir(self.order.id) / "journal"
 
     def _publish(
         self, order: Order, pair: keys.KeyPair, control: list[str], bulk: list[str], nonce: str, home: Path
@@ -281,20 +343,15 @@ class Agent:
                 self.control.stop()
 
 
-def _worker_env(settings: EndpointConfig) -> dict[str, str]:
-    env = dict(settings.worker_env)
-    if settings.omp_threads is not None:
-        env["OMP_NUM_THREADS"] = str(settings.omp_threads)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // settings.workers)))
-    return env
-
-
-def _remove_disk(folder: Path) -> None:
-    """Remove what is of no use without us from the endpoint's folder on disk, and the folder if that was all."""
-    shutil.rmtree(folder / "spill", ignore_errors=True)
-    with suppress(OSError):  # a journal is there
-        folder.rmdir()
+def _ports_of(record: EndpointRecord | None) -> tuple[int, int]:
+    """The TCP ports of an earlier life, for messages and for bulk; 0: none."""
+    if record is None:
+        return 0, 0
+    found = [
+        [int(address.rpartition(":")[2]) for address in addresses if address.startswith("tcp://")]
+        for addresses in (record.control, record.bulk)
+    ]
+    return (found[0] or [0])[0], (found[1] or [0])[0]
 
 
 def _withdraw(record: EndpointRecord, home: Path) -> None:

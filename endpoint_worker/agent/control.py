@@ -14,17 +14,24 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from endpoint_worker import journal as journals
 from endpoint_worker.agent import inbox
+from endpoint_worker.agent.cancels import Cancels
+from endpoint_worker.agent.dump import Dump
 from endpoint_worker.agent.functions import Functions
-from endpoint_worker.agent.neighbours import KeyRing, Neighbours
+from endpoint_worker.agent.guests import Guests
+from endpoint_worker.agent.losses import pull_failure, worker_lost
+from endpoint_worker.agent.memory import Memory
+from endpoint_worker.agent.neighbours import Found, KeyRing, Neighbours
 from endpoint_worker.agent.outbox import Outbox
 from endpoint_worker.agent.pool import Message, Pool
+from endpoint_worker.agent.presence import CLIENT, ENDPOINT, Presence
+from endpoint_worker.agent.recovery import TakenUp
+from endpoint_worker.agent.room import Room
+from endpoint_worker.agent.telling import Teller
 from endpoint_worker.store import Store
 from endpoint_worker.worker import channel
 from endpoint_worker.worker.zygote import Exited, Spawned
@@ -35,10 +42,10 @@ from gcref.brains import resolver_events as ev
 from gcref.brains.dispatch import Dispatch
 from gcref.brains.peers import Peers
 from gcref.brains.resolver import Resolver
-from gcref.brains.tasks import DISPATCHED, DONE, WAITING, Obj, Task
+from gcref.brains.tasks import DONE, Obj, Task
 from gcref.carriers import bulk as bk
 from gcref.carriers.base import Carrier, FdReady
-from gcref.errors import LostError, LostReason, ProtocolError, StoreFullError
+from gcref.errors import LostError, LostReason, ProtocolError
 from gcref.objects import blob
 from gcref.objects import failure as failures
 from gcref.wire import codec
@@ -48,6 +55,10 @@ log = logging.getLogger("gcref.agent")
 
 NOTIFY_LATER_S: Final = 0.002  # how long outcomes wait for company that only their submitter has not heard of
 RELEASE_LATER_S: Final = 0.02  # how long it waits for company that objects are let go
+_SOURCE_LOST: Final = (
+    "not_found",
+    "source",
+)  # reasons of a pull that failed, for which its home has a remedy
 OUTCOME_ITEMS_MAX: Final = 256  # in one message: 256 inline values of 100 KiB stay below the message limit
 
 
@@ -65,9 +76,11 @@ class Control:
         bulk: the thread that moves bytes.
         neighbours: finds other endpoints.
         allowed: whose keys may come in over TCP.
-        journal: where events are logged before they count, or None.
+        functions: the functions that it knows.
+        memory: where events are written down before they count.
         endpoint_lost_s: how long another endpoint may be away before it is given up, seconds.
         lease_s: how long an absent client keeps its pins, seconds.
+        store_wait_s: how long results and pulls wait for room in a full store, seconds.
         status: more facts for STATUS.
     """
 
@@ -85,9 +98,11 @@ class Control:
         bulk: bk.BulkThread,
         neighbours: Neighbours,
         allowed: KeyRing,
-        journal: journals.Journal | None,
+        functions: Functions,
+        memory: Memory,
         endpoint_lost_s: float,
         lease_s: float,
+        store_wait_s: float,
     ) -> None:
         self.me = me
         self.name = name
@@ -100,24 +115,51 @@ class Control:
         self._bulk = bulk
         self._neighbours = neighbours
         self._allowed = allowed
-        self._journal = journal
-        self._endpoint_lost_s = endpoint_lost_s
-        self._lease_s = lease_s
-        self._functions = Functions()
+        self._functions = functions
+        self._memory = memory
+        self._presence = Presence(lease_s=lease_s, endpoint_lost_s=endpoint_lost_s)
         self._stopping = False
         self.failed = False  # it ended because something of it is broken
         self._started = time.time()
-        self._absent: dict[bytes, tuple[float, str]] = {}  # party: when it is given up, its kind
         self._owner_keys: dict[
             bytes, bytes
         ] = {}  # whose bytes are taken only from a link that proved this key
-        self._timed = (peers, resolver, dispatch, store)
+        self._endpoint_lost_s = endpoint_lost_s
+        self._pull_waits: dict[
+            bytes, tuple[float, int, list[Any]]
+        ] = {}  # until, attempt, failure; the oldest first
+        self._room = room = Room(
+            me=me,
+            resolver=resolver,
+            dispatch=dispatch,
+            store=store,
+            pool=pool,
+            start=self._start_pull,
+            give_up=lambda id, failure: self._take(ev.PullFailed(id, failure), time.monotonic()),
+            wait_s=store_wait_s,
+        )
+        self._timed = (peers, resolver, dispatch, store, pool, self._presence, room)
         self._due_at = math.inf
         self._out = Outbox(peers)
-        self._cancels: dict[bytes, list[bytes]] = {}  # id: parties that wait for the answer
-        self._forced: set[bytes] = set()  # cancels that may kill
+        self._cancels = Cancels(
+            resolver, dispatch, pool, self._out, take=self._take, obey=self._obey, to_home=self._to_home
+        )
         self._killed: dict[int, list[Any]] = {}  # workers that we kill, and what their task is told
         self._refused = 0
+        self._teller = Teller(
+            me=me,
+            resolver=resolver,
+            dispatch=dispatch,
+            peers=peers,
+            pool=pool,
+            store=store,
+            bulk=bulk,
+            functions=functions,
+            presence=self._presence,
+            now=time.monotonic(),
+        )
+        self.dump = Dump(name, carrier.wake)
+        self._guests = Guests()
         self._fds: dict[Any, Callable[[float], None]] = {}
         self._table: dict[type, Callable[[Any, float], None]] = {
             # sessions
@@ -132,11 +174,12 @@ class Control:
             pe.Mismatch: lambda i, now: self._give_up(i.party, "VersionMismatchError", i.message, now),
             pe.Rejected: lambda i, now: log.warning("dropped what came on a link: %s", i.reason),
             # the graph
-            ev.Runnable: lambda i, now: self._obey(self._dispatch.handle(dp.Ready(i.tasks, now)), now),
+            ev.Runnable: self._runnable,
             ev.Withdraw: lambda i, now: self._obey(self._dispatch.handle(dp.Withdraw(i.tasks, now)), now),
             ev.Notify: lambda i, now: self._notify(i.party, i.items),
             ev.NotifyLater: lambda i, now: self._notify(i.party, i.items, now + NOTIFY_LATER_S),
             ev.Subscribe: lambda i, now: self._to_home(i.home, [m.SUBSCRIBE, i.home, i.items], now),
+            ev.Pins: lambda i, now: self._to_home(i.home, [m.PINS, b"".join(i.ids), i.more], now),
             ev.Unsubscribe: lambda i, now: self._out.say_by(
                 i.home, [m.UNSUBSCRIBE, b"".join(i.ids)], now + RELEASE_LATER_S
             ),
@@ -146,11 +189,11 @@ class Control:
             ev.Relay: self._relay,
             ev.NeedFunctions: lambda i, now: self._out.say(i.party, [m.NEED_FUNCTION, i.digests]),
             ev.Tasks: lambda i, now: self._out.say(i.party, [m.TASKS, i.group, i.secret, i.tasks]),
-            ev.Pull: self._pull,
-            ev.CancelPull: lambda i, now: self._bulk.cancel(i.id),
-            ev.Idle: lambda i, now: self._store.set_cache(i.ids, True),
+            ev.Pull: room.pull,
+            ev.CancelPull: self._cancel_pull,
+            ev.Idle: self._idle,
             ev.Needed: lambda i, now: self._store.set_cache(i.ids, False),
-            ev.Free: lambda i, now: self._store.free(i.ids),
+            ev.Free: self._free,
             ev.Discard: lambda i, now: self._store.discard(i.paths),
             ev.Stored: lambda i, now: self._stored(i),
             # the workers
@@ -158,8 +201,8 @@ class Control:
             dp.Grant: lambda i, now: pool.grant(i.worker, i.lease_until, i.revoked),
             dp.Slot: lambda i, now: pool.slot(i.worker, None),
             dp.Deadlocked: self._deadlocked,
-            dp.Cancelled: self._dispatch_cancelled,
-            dp.NotCancelled: self._dispatch_not_cancelled,
+            dp.Cancelled: self._cancels.will_not_run,
+            dp.NotCancelled: self._cancels.run_already,
             dp.Spawn: lambda i, now: pool.spawn(i.workers),
             dp.Retire: lambda i, now: pool.retire(i.worker),
             dp.Started: self._tasks_started,
@@ -171,11 +214,14 @@ class Control:
 
     def run(self) -> None:
         """Serve until `stop`."""
-        carrier, peers = self._carrier, self._peers
+        carrier, peers, memory, rates = self._carrier, self._peers, self._memory, self._teller.rates
+        room = self._room
         fds = list(self._fds)
         while not self._stopping:
             events = carrier.poll(self._wait_s(), fds)
             now = time.monotonic()
+            if now >= rates.due:
+                rates.sample(now)
             for event in events:
                 if isinstance(event, FdReady):
                     self._fds[event.fd](now)
@@ -185,12 +231,54 @@ class Control:
                 self._bulk_done(now)
             if now >= self._due_at:
                 self._due(now)
+            room.turn(now)
+            self._forget_evicted()
             if revoked := self._allowed.revoked(now):
                 log.info("the keys of %d others have no rights any more", len(revoked))
                 self._obey(peers.handle(pe.Revoke(revoked, now)), now)
-            if self._journal is not None:
-                self._journal.commit()
-            self._obey(peers.flush(now), now)
+            if lost := self._store.lost():
+                self._take(ev.BytesLost([(id, reason.value) for id, reason in lost]), now)
+            if memory.commit():  # else nothing leaves that the journal does not have
+                self._obey(peers.flush(now), now)
+                memory.compact_if_due()
+            if self.dump.wanted:
+                self.dump.brains(self._teller.parts())
+
+        self._finish(time.monotonic())
+
+    def begin(self, taken_up: TakenUp, now: float) -> None:
+        """Go on from where an earlier life ended, and have the workers started that are missing; before `run`.
+
+        Args:
+            taken_up: what it left.
+            now: monotonic seconds.
+        """
+        self._pool.adopt(taken_up.remains)
+        self._obey(self._dispatch.handle(dp.Adopted(taken_up.adopted, now)), now)
+        self._obey(taken_up.instructions, now)
+        for id, force, who in taken_up.cancels:
+            self._cancels.asked([id], force, who, now)
+        for party in {*self._resolver.parties(), *self._peers.parties()}:
+            if not self._peers.is_up(party) and self._pool.worker_of_party(party) is None:
+                self._presence.is_away(party, self._kind_of(party), now)
+
+    def _finish(self, now: float) -> None:
+        """We were told to stop: the tasks that run end with their workers, which those who wait are to know at once."""
+        if self._memory.returns:
+            text = "the endpoint was stopped while it ran this task"
+            workers = self._dispatch.describe(self._pool.progress(), now)["workers"]
+            running = [
+                self._resolver.objects.get(worker["running"]) for worker in workers if worker["running"]
+            ]
+            tasks = [task for task in running if isinstance(task, Task)]
+            ended = ev.Ended(tasks, failures.make("WorkerLostError", text), True)
+            self._memory.note(ended)
+            for instruction in self._resolver.handle(ended):
+                if isinstance(instruction, ev.Notify | ev.NotifyLater):
+                    self._notify(instruction.party, instruction.items)
+        self._out.flush()
+        if self._memory.commit():
+            self._obey(self._peers.close(now), now)
 
     def watch_workers(self, channel_socket: Any, zygote_fd: int) -> None:
         """Listen to the workers and to the process that makes them; before `run`."""
@@ -213,13 +301,14 @@ class Control:
     def _wait_s(self) -> float | None:
         """How long to wait at most; remembers until when, so that a turn before that need not ask the brains again."""
         due = self._out.deadline
+        again = self._memory.deadline  # while the journal cannot be written, the sessions wait for it
         for brain in self._timed:
-            at = brain.deadline
+            at = brain.deadline if again is None or brain is not self._peers else again
             if at is not None and (due is None or at < due):
                 due = at
-        for at, _kind in self._absent.values():
-            if due is None or at < due:
-                due = at
+        if self._pull_waits:
+            until = next(iter(self._pull_waits.values()))[0]
+            due = until if due is None else min(due, until)
         if due is None:
             self._due_at = math.inf
             return None
@@ -235,16 +324,25 @@ class Control:
         if (at := self._peers.deadline) is not None and at <= now:
             self._obey(self._peers.handle(pe.Tick(now)), now)
         if (at := self._resolver.deadline) is not None and at <= now:
-            self._obey(self._resolver.handle(ev.Tick(now)), now)
+            self._take(ev.Tick(now), now)
         if (at := self._store.deadline) is not None and at <= now:
             self._store.tick(now)
-        for party in [p for p, (until, _kind) in self._absent.items() if until <= now]:
-            _until, kind = self._absent.pop(party)
-            if kind == "endpoint":
-                self._lose_home(
-                    party, LostReason.HOME_LOST.value, f"endpoint {ids.text(party)} is out of reach", now
-                )
-            self._obey(self._resolver.handle(ev.PartyGone(party)), now)
+        if (at := self._pool.deadline) is not None and at <= now:
+            self._pool.tick(now)
+        if (at := self._presence.deadline) is not None and at <= now:
+            self._presence_due(now)
+        if (at := self._room.deadline) is not None and at <= now:
+            self._room.tick(now)
+        for id, (until, attempt, failure) in list(self._pull_waits.items()):
+            if until > now:
+                break
+            del self._pull_waits[id]
+            self._take(ev.PullFailed(id, failure, attempt), now)
+
+    def _take(self, event: Any, now: float) -> None:
+        """Take an event of the resolver that is not a message: write it down, and do what follows from it."""
+        self._memory.note(event)
+        self._obey(self._resolver.handle(event), now)
 
     def _obey(self, instructions: list[Any], now: float) -> None:
         table = self._table
@@ -258,11 +356,11 @@ class Control:
 
     def _deliver(self, delivered: pe.Deliver, now: float) -> None:
         who = ev.Who(delivered.party, delivered.role, delivered.owner_key, delivered.kind)
-        if self._journal is not None:
-            self._journal.append(journals.PACKET, delivered.party, delivered.raw_frame)
         unix = time.time()
         carrier = delivered.carrier
-        self._owner_keys[who.party] = who.owner
+        if not self._guests.only_asks(who.party, delivered.messages):
+            self._memory.note_packet(who, carrier, delivered.raw_frame, unix)
+            self._owner_keys[who.party] = who.owner
         for message in delivered.messages:
             kind = message[0]
             try:
@@ -297,49 +395,71 @@ class Control:
                 if (code := self._functions.get(digest)) is not None:
                     self._out.say(who.party, [m.FUNCTION, digest, code])
         elif kind == m.CANCEL:
-            self._cancel(inbox.split_ids(message[1]), message[2], who, now)
+            self._cancels.asked(inbox.split_ids(message[1]), message[2], who, now)
         elif kind == m.CANCELLED:
             for id, gone in zip(inbox.split_ids(message[1]), message[2], strict=False):
-                self._cancel_answered(id, bool(gone))
+                self._cancels.answer(id, bool(gone))
         elif kind == m.STARTED:
             for item in message[1]:
                 obj = self._resolver.objects.get(item[0])
                 for party in obj.pins if obj is not None and obj.home == who.party else ():
                     self._out.say(party, [m.STARTED, [item]])
         elif kind == m.EXPLAIN:
-            told = [self._describe(id, who) for id in inbox.split_ids(message[2])]
+            told = [self._teller.explain(id, who) for id in inbox.split_ids(message[2])]
             self._out.say(who.party, [m.EXPLAINED, message[1], told])
         elif kind == m.STATUS:
-            self._out.say(who.party, [m.STATUS_IS, message[1], self.describe()])
+            self._out.say(who.party, [m.STATUS_IS, message[1], self.describe(who.party)])
 
     def _peer_up(self, up: pe.PeerUp, now: float) -> None:
-        self._absent.pop(up.party, None)
+        self._presence.is_back(up.party)
+        if up.fresh and self._neighbours.known(up.party):
+            self._take(ev.HomeRestarted(up.party), now)  # it may have told us to forget something, in vain
 
     def _peer_down(self, down: pe.PeerDown, now: float) -> None:
-        if self._pool.worker_of_party(down.party) is not None:
-            return  # its process tells
-        record = self._neighbours.known(down.party)
-        if record:
-            self._absent.setdefault(down.party, (now + self._endpoint_lost_s, "endpoint"))
-        else:
-            self._absent.setdefault(down.party, (now + self._lease_s, "client"))
+        if self._guests.is_gone(down.party):
+            self._obey(self._peers.handle(pe.Forget(down.party)), now)
+        elif self._pool.worker_of_party(down.party) is None:  # else the end of its process tells
+            self._presence.is_away(down.party, self._kind_of(down.party), now)
+
+    def _kind_of(self, party: bytes) -> str:
+        return ENDPOINT if self._neighbours.known(party) else CLIENT
+
+    def _presence_due(self, now: float) -> None:
+        given_up, sought = self._presence.due(now)
+        for party, kind in given_up:
+            if kind == ENDPOINT:
+                text = f"endpoint {ids.text(party)} is out of reach"
+                self._lose_home(party, LostReason.HOME_LOST.value, text, now)
+            self._party_gone(party, now)
+        for party in sought:
+            found = self._neighbours.find_again(party)
+            if found is not None:
+                self._reach(party, found, now)
+
+    def _party_gone(self, party: bytes, now: float) -> None:
+        """It is not expected to come back: what it held falls, and should we meet again, it hears that we forgot."""
+        self._take(ev.PartyGone(party), now)
+        if self._neighbours.forget(party):  # whoever needs it again looks for it again
+            self._bulk.disconnect(party)
+            self._functions.forget_sent(party)
+        self._owner_keys.pop(party, None)
+        self._memory.forget(party)
+        self._guests.forget(party)
+        self._obey(self._peers.handle(pe.Forget(party)), now)
 
     def _peer_reset(self, reset: pe.PeerReset, now: float) -> None:
         text = f"endpoint {ids.text(reset.party)} started anew and has lost what it knew"
         self._functions.forget_sent(reset.party)
         self._lose_home(reset.party, LostReason.HOME_LOST.value, text, now)
-        self._obey(self._resolver.handle(ev.PartyGone(reset.party)), now)
+        self._take(ev.PartyGone(reset.party), now)
 
     def _lose_home(self, home: bytes, reason: str, text: str, now: float) -> None:
-        self._obey(
-            self._resolver.handle(ev.HomeLost(home, failures.make("EndpointLostError", text, reason=reason))),
-            now,
-        )
+        self._take(ev.HomeLost(home, failures.make("EndpointLostError", text, reason=reason)), now)
 
     def _give_up(self, party: bytes | None, kind: str, text: str, now: float) -> None:
         log.warning("%s: %s", kind, text)
         if party is not None:
-            self._obey(self._resolver.handle(ev.HomeLost(party, failures.make(kind, text))), now)
+            self._take(ev.HomeLost(party, failures.make(kind, text)), now)
 
     def _to_home(self, home: bytes, message: list[Any], now: float) -> None:
         """Send to another endpoint; find it first, when it is new to us."""
@@ -348,13 +468,15 @@ class Control:
             if found is None:
                 text = f"endpoint {ids.text(home)} is not known at {self.name}: its record is not in GCREF_HOME there"
                 failure = failures.make("NotFoundError", text)
-                self._obey(self._resolver.handle(ev.HomeLost(home, failure)), now)
+                self._take(ev.HomeLost(home, failure), now)
                 return
-            self._obey(self._peers.handle(pe.Know(home, found.control, now)), now)
-            for carrier, address, key in found.bulk:
-                self._bulk.connect(home, address, key, carrier, "user")
-            self._absent.setdefault(home, (now + self._endpoint_lost_s, "endpoint"))
+            self._reach(home, found, now)
+            self._presence.is_away(home, ENDPOINT, now)
         self._out.say(home, message)
+
+    def _reach(self, home: bytes, found: Found, now: float) -> None:
+        self._obey(self._peers.handle(pe.Know(home, found.control, now)), now)
+        self._bulk.reach(home, found.bulk, "user")
 
     def _relay(self, relay: ev.Relay, now: float) -> None:
         message = relay.message
@@ -374,7 +496,7 @@ class Control:
 
     # --------------------------------------------------------------------------------------------------- bytes
 
-    def _pull(self, pull: ev.Pull, now: float) -> None:
+    def _start_pull(self, pull: ev.Pull) -> None:
         obj, source = pull.obj, pull.source
         if source == obj.home:
             token, mode = (obj.extra.token if obj.extra is not None else b"") or None, m.MODE_PATH
@@ -382,6 +504,22 @@ class Control:
         else:
             token, mode, attempt = self._resolver.token_of(obj), m.MODE_INTO, 1
         self._bulk.pull(obj.id, attempt, obj.size, source, token, mode, self._owner_keys.get(source))
+
+    def _cancel_pull(self, cancel: ev.CancelPull, now: float) -> None:
+        self._bulk.cancel(cancel.id)
+        self._room.ended(cancel.id)
+
+    def _idle(self, idle: ev.Idle, now: float) -> None:
+        self._store.set_cache(idle.ids, True)
+        self._room.released(idle.ids)
+
+    def _free(self, free: ev.Free, now: float) -> None:
+        self._room.released(free.ids)
+        self._store.free(free.ids)
+
+    def _runnable(self, runnable: ev.Runnable, now: float) -> None:
+        self._room.runnable(runnable.tasks)
+        self._obey(self._dispatch.handle(dp.Ready(runnable.tasks, now)), now)
 
     def _bulk_done(self, now: float) -> None:
         pulled: list[tuple[bytes, int, str, int, bytes | None]] = []
@@ -391,12 +529,23 @@ class Control:
                 obj = self._resolver.objects.get(done.id)
                 refs = self._refs_in(done.id) if obj is not None and obj.home == self.me else None
                 pulled.append((done.id, done.attempt, carrier, moved, refs))
-            else:
+            elif not self._room.refused(done, now):
                 log.warning("pull of %s failed: %s %s", ids.text(done.id), done.reason, done.message)
-                self._obey(self._resolver.handle(ev.PullFailed(done.id, _pull_failure(done))), now)
+                self._pull_failed(done, now)
         if pulled:
-            self._obey(self._resolver.handle(ev.Pulled(pulled)), now)
-        self._forget_evicted()
+            self._take(ev.Pulled(pulled), now)
+            self._room.arrived([item[0] for item in pulled])
+
+    def _pull_failed(self, done: bk.PullFailed, now: float) -> None:
+        self._room.ended(done.id)
+        failure = pull_failure(done)
+        obj = self._resolver.objects.get(done.id)
+        if done.reason in _SOURCE_LOST and obj is not None and obj.home == done.source:
+            # Its home has lost the bytes too, and either makes them again or says that they are lost.
+            self._take(ev.PullWaits(done.id, done.attempt), now)
+            self._pull_waits[done.id] = (now + self._endpoint_lost_s, done.attempt, failure)
+        else:
+            self._take(ev.PullFailed(done.id, failure), now)
 
     def _refs_in(self, id: bytes) -> bytes | None:
         """The references inside an object of the store; only its head is read."""
@@ -415,7 +564,10 @@ class Control:
 
     def _stored(self, stored: ev.Stored) -> None:
         for id, attempt, path, size in stored.items:
-            self._store.seal(id, attempt, path, size)
+            try:
+                self._store.seal(id, attempt, path, size)
+            except (LookupError, OSError) as error:  # the store's `lost` tells of it
+                log.error("the result %s is not where its worker wrote it: %s", ids.text(id), error)
 
     # ------------------------------------------------------------------------------------------------- workers
 
@@ -457,7 +609,7 @@ class Control:
             self._store.ungrant(worker, [place[0] for entry in entries for place in _places(entry)])
         for task, obj in missing:
             self._obey(self._dispatch.handle(dp.Withdraw([task], now)), now)
-            self._obey(self._resolver.handle(ev.ArgumentGone(task, obj)), now)
+            self._take(ev.ArgumentGone(task, obj), now)
 
     def _location(self, worker: int, dep: Obj) -> Any:
         """Where a worker finds an argument: the blob itself, a path to map, or its own earlier result."""
@@ -483,7 +635,11 @@ class Control:
         elif kind == channel.ASK:
             self._obey(self._dispatch.handle(dp.Asked(worker, body[1], now)), now)
         elif kind == channel.ALLOC:
-            self._allocate(worker, body[1], body[2])
+            self._room.allocate(worker, body[1], body[2], now)
+        elif kind == channel.ADOPTED:
+            _, _, _, _, running, last, lent, _ = body
+            self._store.settle(worker)  # it has told again all that it made
+            self._obey(self._dispatch.handle(dp.Rejoined(worker, running, last, lent, now)), now)
         elif kind == channel.READY:
             self._obey(self._dispatch.handle(dp.WorkerUp(worker, now)), now)
         elif kind == channel.GIVE_BACK:
@@ -512,25 +668,16 @@ class Control:
             self._store.unmapped(worker, unmapped)
         if not results:
             return
-        if self._journal is not None:
-            self._journal.append(journals.RESULTS, raw)
+        self._memory.note_results(worker, raw)
         self._pool.zygote.received(worker, results[-1][0])
         told = self._resolver.handle(ev.Finished(self._pool.name_of(worker), results))
         self._obey(self._dispatch.handle(dp.Finished(worker, results, now)), now)
         self._obey(told, now)
 
-    def _allocate(self, worker: int, size: int, failed: str | None) -> None:
-        try:
-            path, capacity, warm = self._store.allocate(size, worker, failed)
-        except StoreFullError as error:
-            self._pool.no_segment(worker, failures.from_error(error))
-        else:
-            self._pool.segment(worker, path, capacity, warm)
-        self._forget_evicted()
-
     def _forget_evicted(self) -> None:
         if evicted := self._store.evicted():
-            self._obey(self._resolver.handle(ev.Evicted(evicted)), time.monotonic())
+            self._room.released(evicted)
+            self._take(ev.Evicted(evicted), time.monotonic())
 
     def _worker_processes(self, now: float) -> None:
         """The zygote has news: processes that started or ended."""
@@ -555,15 +702,16 @@ class Control:
         if exited.results and self._dispatch.is_up(worker):
             self._worker_done(worker, exited.results, [], codec.pack([channel.DONE, exited.results, []]), now)
         self._store.worker_gone(worker)
+        self._room.worker_gone(worker)
         party = self._pool.gone(exited)
-        failure = self._killed.pop(worker, None) or _worker_lost(exited)
+        failure = self._killed.pop(worker, None) or worker_lost(exited)
         for instruction in self._dispatch.handle(dp.WorkerDown(worker, exited.progress, now)):
             if instruction.__class__ is dp.Lost:
                 log.warning("worker %s is lost: %s", self._pool.name_of(worker), failure[1])
-                self._obey(self._resolver.handle(ev.Ended(instruction.tasks, failure, True)), now)
+                self._take(ev.Ended(instruction.tasks, failure, True), now)
             else:
                 self._obey([instruction], now)
-        self._obey(self._resolver.handle(ev.PartyGone(party)), now)
+        self._party_gone(party, now)
 
     def _tasks_started(self, started: dp.Started, now: float) -> None:
         unix = time.time()
@@ -576,7 +724,7 @@ class Control:
         text = f"the task ran for longer than its walltime_s of {task.options.walltime_s:g} s"
         failure = failures.make("WalltimeExceededError", text, walltime_s=task.options.walltime_s)
         self._killed[overran.worker] = failure
-        self._obey(self._resolver.handle(ev.Ended([task], failure, False)), now)
+        self._take(ev.Ended([task], failure, False), now)
         self._pool.kill(overran.worker)
 
     def _deadlocked(self, deadlocked: dp.Deadlocked, now: float) -> None:
@@ -586,85 +734,17 @@ class Control:
         )
         self._pool.slot(deadlocked.worker, failures.make("DeadlockError", text))
 
-    # -------------------------------------------------------------------------------------------------- cancel
-
-    def _cancel(self, wanted: list[bytes], force: bool, who: ev.Who, now: float) -> None:
-        for id in wanted:
-            obj = self._resolver.objects.get(id)
-            if obj is None or obj.state >= DONE or not self._may_cancel(obj, who):
-                self._out.say(who.party, [m.CANCELLED, id, [False]])
-                continue
-            self._cancels.setdefault(id, []).append(who.party)
-            if obj.home != self.me:
-                self._to_home(obj.home, [m.CANCEL, id, force], now)
-            elif not isinstance(obj, Task):
-                self._cancel_answered(id, False)
-            elif obj.state == WAITING:
-                if obj.missing and obj.extra is not None and obj.extra.target is not None:
-                    self._cancel_answered(id, False)  # it ran, and its result is another task's
-                else:
-                    self._obey(self._resolver.handle(ev.Cancelled([obj])), now)
-                    self._cancel_answered(id, True)
-            elif force and self._dispatch.is_running(obj):
-                self._cancel_by_force(obj, now)
-            else:
-                if force:
-                    self._forced.add(id)
-                self._obey(self._dispatch.handle(dp.Cancel([obj], now)), now)
-
-    def _may_cancel(self, obj: Obj, who: ev.Who) -> bool:
-        # Nobody has submitted it yet: whoever may do that may also say that it will not come.
-        unclaimed = obj.home == self.me and obj.group is None
-        return unclaimed or self._resolver.may_read(obj, who, None)
-
-    def _dispatch_cancelled(self, cancelled: dp.Cancelled, now: float) -> None:
-        self._obey(self._resolver.handle(ev.Cancelled(cancelled.tasks)), now)
-        for task in cancelled.tasks:
-            self._forced.discard(task.id)
-            self._cancel_answered(task.id, True)
-
-    def _dispatch_not_cancelled(self, kept: dp.NotCancelled, now: float) -> None:
-        for task in kept.tasks:
-            if task.id in self._forced and task.state == DISPATCHED and task.worker is not None:
-                self._cancel_by_force(task, now)
-            else:
-                self._cancel_answered(task.id, False)
-            self._forced.discard(task.id)
-
-    def _cancel_by_force(self, task: Task, now: float) -> None:
-        worker = task.worker
-        self._obey(self._dispatch.handle(dp.Withdraw([task], now)), now)
-        self._obey(self._resolver.handle(ev.Cancelled([task])), now)
-        self._cancel_answered(task.id, True)
-        if worker is not None:
-            self._pool.kill(worker)
-
-    def _cancel_answered(self, id: bytes, gone: bool) -> None:
-        for party in self._cancels.pop(id, ()):
-            self._out.say(party, [m.CANCELLED, id, [gone]])
-
     # -------------------------------------------------------------------------------------------------- status
 
-    def _describe(self, id: bytes, who: ev.Who) -> dict[str, Any]:
-        """What EXPLAIN tells of an object: to those who may read it."""
-        obj = self._resolver.objects.get(id)
-        if obj is not None and obj.group is not None and not self._resolver.may_read(obj, who, None):
-            return {"state": "unknown"}
-        return self._resolver.describe(id)
-
-    def describe(self) -> dict[str, Any]:
-        """What `endpoint-worker status` shows; plain values only."""
-        resolver = self._resolver
+    def describe(self, asker: bytes) -> dict[str, Any]:
+        """What `endpoint-worker status` shows to a party; plain values only."""
         return {
             "name": self.name,
             "started_unix_s": self._started,
-            "tasks": dict(resolver.counts),
-            "objects": len(resolver.objects),
-            "workers": self._pool.describe(),
-            "dispatch": self._dispatch.describe(),
-            "store": self._store.stats(),
-            "links": {ids.text(party): self._peers.describe(party) for party in self._peers.parties()},
-            "journal_bytes": self._journal.size_bytes if self._journal is not None else 0,
+            **self._teller.status(asker),
+            "store": {**self._store.stats(), **self._room.describe()},
+            "journal_bytes": self._memory.size_bytes,
+            "journal_troubles": self._memory.troubles,
             "refused_messages": self._refused,
             "dropped_packets": dict(self._peers.counts),
         }
@@ -683,39 +763,3 @@ def _places(entry: tuple[Any, ...]) -> list[list[Any]]:
     args, deps = entry[5], entry[6]
     found = [] if args is None else [args]
     return found + [dep for dep in deps if isinstance(dep, list) and len(dep) > 1]
-
-
-def _worker_lost(exited: Exited) -> list[Any]:
-    """What the task is told that a dead worker was running."""
-    if exited.signal is not None:
-        how = f"was killed by {signal.Signals(exited.signal).name}"
-    else:
-        how = f"exited with code {exited.exit_code}"
-    text = f"the worker process {how} while it ran this task"
-    if exited.stderr:
-        text += f"; its last lines on stderr:\n{exited.stderr}"
-    return failures.make(
-        "WorkerLostError", text, signal=exited.signal, exit_code=exited.exit_code, stderr=exited.stderr
-    )
-
-
-def _pull_failure(done: bk.PullFailed) -> list[Any]:
-    """What the tasks are told that needed these bytes."""
-    if done.reason == "refused":
-        return failures.make("AuthError", f"the bytes of an argument were refused: {done.message}")
-    if done.reason == "store":
-        full = done.cause if isinstance(done.cause, StoreFullError) else StoreFullError(done.message)
-        return failures.make(
-            "StoreFullError",
-            f"the bytes do not fit into this endpoint's store: {full}",
-            needed_bytes=full.needed_bytes,
-            limit_bytes=full.limit_bytes,
-        )
-    reason = {
-        "corrupt": LostReason.CORRUPT,
-        "timeout": LostReason.TIMEOUT,
-        "unreachable": LostReason.HOME_LOST,
-    }.get(done.reason, LostReason.BYTES_LOST)
-    return failures.make(
-        "ObjectLostError", f"the bytes of an argument are lost: {done.message}", reason=reason.value
-    )

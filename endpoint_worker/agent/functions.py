@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Final
 
 DIGEST_BYTES: Final = 16
@@ -25,6 +26,10 @@ class Functions:
     def get(self, digest: bytes) -> bytes | None:
         """The bytes, or None."""
         return self._bytes.get(digest)
+
+    def items(self) -> Iterable[tuple[bytes, bytes]]:
+        """All functions: digest and bytes."""
+        return self._bytes.items()
 
     def to_send(self, party: bytes, digest: bytes) -> bytes | None:
         """The bytes, when the party has not been sent them yet; counts them as sent."""

@@ -17,7 +17,7 @@ from gcref.wire import messages as m
 ID_BYTES: Final = 16
 
 _ANSWERS: Final = frozenset((m.OUTCOME, m.FORGET, m.NEED_FUNCTION, m.STARTED, m.CANCELLED))
-_PEER: Final = frozenset((m.SUBSCRIBE, m.UNSUBSCRIBE)) | _ANSWERS
+_PEER: Final = frozenset((m.SUBSCRIBE, m.UNSUBSCRIBE, m.PINS)) | _ANSWERS
 _USER: Final = _PEER | frozenset((m.SUBMIT, m.FUNCTION, m.OFFER, m.CANCEL, m.ATTACH, m.EXPLAIN, m.STATUS))
 RIGHTS: Final[dict[str, frozenset[int]]] = {"user": _USER, "worker": _USER, "peer": _PEER}
 """Kinds of messages that each role may send."""
@@ -68,4 +68,6 @@ def event_of(message: list[Any], who: ev.Who, carrier: str, now: float, unix: fl
         return ev.Forgotten(who.party, split_ids(message[1]))
     if kind == m.ATTACH:
         return ev.Attached(who, message[1])
+    if kind == m.PINS:
+        return ev.Reclaimed(who, split_ids(message[1]), message[2])
     return None

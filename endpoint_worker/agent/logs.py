@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from typing import Any
 
 
 class JsonLines(logging.Formatter):
@@ -17,17 +18,32 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Format one record."""
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        told = {
-            "time": f"{moment}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "endpoint": self._endpoint,
-            "from": record.name,
-            "text": record.getMessage(),
-        }
-        if record.exc_info:
-            told["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(told)
+        more = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
+        level, text = record.levelname.lower(), record.getMessage()
+        return line(self._endpoint, level, record.name, text, unix=record.created, **more)
+
+
+def line(endpoint: str, level: str, source: str, text: str, *, unix: float | None = None, **more: Any) -> str:
+    """One line of the log.
+
+    Args:
+        endpoint: its name.
+        level: `info`, `warning`, …
+        source: the logger's name.
+        text: what happened.
+        unix: when, in seconds; None: now.
+        more: further facts that JSON can carry.
+    """
+    unix = time.time() if unix is None else unix
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(unix))
+    told = {
+        "time": f"{moment}.{int(unix % 1 * 1000):03d}Z",
+        "level": level,
+        "endpoint": endpoint,
+        "from": source,
+        "text": text,
+    }
+    return json.dumps(told | more)
 
 
 def log_to_stderr(endpoint: str, level: str) -> None:

@@ -41,7 +41,7 @@ class Neighbours:
     def __init__(self, home: Path | None, carriers: frozenset[str]) -> None:
         self._home = home
         self._carriers = carriers
-        self._known: set[bytes] = set()
+        self._known: dict[bytes, Found] = {}
 
     def known(self, endpoint: bytes) -> bool:
         """Whether it was found before."""
@@ -52,8 +52,22 @@ class Neighbours:
         record = records.find(endpoint, self._home) if self._home is not None else None
         if record is None:
             return None
-        self._known.add(endpoint)
-        return Found(record.candidates(self._carriers), record.bulk_candidates(self._carriers))
+        found = Found(record.candidates(self._carriers), record.bulk_candidates(self._carriers))
+        self._known[endpoint] = found
+        return found
+
+    def forget(self, endpoint: bytes) -> bool:
+        """It is to be found again when it is needed. Returns whether it was known."""
+        return self._known.pop(endpoint, None) is not None
+
+    def find_again(self, endpoint: bytes) -> Found | None:
+        """Look up one that was found before; None when nothing has changed, or there is no record now."""
+        before = self._known[endpoint]
+        try:
+            found = self.find(endpoint)
+        except ConfigError:
+            return None  # it is being written, or damaged: the next look tells
+        return found if found != before else None
 
 
 class KeyRing(Mapping[bytes, str]):

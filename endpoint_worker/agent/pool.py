@@ -2,17 +2,26 @@
 
 Who runs what is decided by the dispatch brain; here its decisions become messages and processes. A worker's number is
 never used again, so a late message of a dead worker can only be about itself.
+
+Workers of an earlier agent (`adopt`) are told so as soon as they can be reached: `tick` at `deadline` tries. What they say
+before ADOPTED was said to the dead: only their results are passed on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 from endpoint_worker.worker import channel
 from endpoint_worker.worker.channel import AgentChannel
-from endpoint_worker.worker.zygote import Exited, WorkerConfig, Zygote
+from endpoint_worker.worker.remains import Exited, Remains, WorkerConfig
+from endpoint_worker.worker.zygote import Zygote
 from gcref import ids
+
+_ADOPT_RETRY_S: Final = 0.005
+"""Workers find a new agent within some hundredths of a second; one that is stopped may take for ever."""
+_ADOPT_RETRY_MAX_S: Final = 1.0
 
 
 class Message(NamedTuple):
@@ -32,8 +41,11 @@ class Pool:
         endpoint: the endpoint's name, for the workers' names and error notes.
         agent_id: the endpoint's id.
         control_address, bulk_address: where the SDK inside tasks finds the agent.
-        env: environment variables of every worker.
-        gpus: devices, dealt out in turn; empty leaves their visibility alone.
+        environment: the environment variables of a worker, by its number, beside the agent's own.
+        memory_bytes: what the tasks of a worker may take of memory; None: no limit.
+
+    Attributes:
+        deadline: when `tick` is due, monotonic seconds; None: it is not.
     """
 
     def __init__(
@@ -45,8 +57,8 @@ class Pool:
         agent_id: bytes,
         control_address: str,
         bulk_address: str,
-        env: Mapping[str, str],
-        gpus: tuple[str, ...] = (),
+        environment: Callable[[int], Mapping[str, str]],
+        memory_bytes: int | None = None,
     ) -> None:
         self.zygote = zygote
         self.channel = channel_
@@ -54,13 +66,17 @@ class Pool:
         self._agent_id = agent_id
         self._control_address = control_address
         self._bulk_address = bulk_address
-        self._env = dict(env)
-        self._gpus = gpus
+        self._environment = environment
+        self._memory_bytes = memory_bytes
         self._next = 1
         self._pids: dict[int, int] = {}
         self._parties: dict[int, bytes] = {}
         self._workers_of: dict[bytes, int] = {}
         self._functions: dict[int, set[bytes]] = {}
+        self._epoch = time.monotonic_ns()  # another one than any agent's before on this machine
+        self._adopting: dict[int, bool] = {}  # who has not said ADOPTED: whether they have been told
+        self._retry_s = _ADOPT_RETRY_S
+        self.deadline: float | None = None
         self.sent = (
             False  # something was sent since the last `receive`: the socket's descriptor may stay silent
         )
@@ -72,10 +88,6 @@ class Pool:
         for _ in range(count):
             worker, self._next = self._next, self._next + 1
             party = ids.new_id()
-            env = dict(self._env)
-            if self._gpus:
-                device = self._gpus[(worker - 1) % len(self._gpus)]
-                env.update(CUDA_VISIBLE_DEVICES=device, HIP_VISIBLE_DEVICES=device, ZE_AFFINITY_MASK=device)
             self._parties[worker] = party
             self._workers_of[party] = worker
             self._functions[worker] = set()
@@ -86,8 +98,34 @@ class Pool:
                 control_address=self._control_address,
                 bulk_address=self._bulk_address,
                 party=party,
+                memory_bytes=self._memory_bytes,
             )
-            self.zygote.spawn(worker, config, env)
+            self.zygote.spawn(worker, config, self._environment(worker))
+
+    def adopt(self, remains: Sequence[Remains]) -> None:
+        """Take over what an earlier agent has left, before anything is spawned: of the dead, their numbers alone."""
+        for one in remains:
+            worker = one.worker
+            self._next = max(self._next, worker + 1)
+            if one.exited is not None:
+                continue
+            self._pids[worker] = one.pid
+            self._parties[worker] = one.config.party
+            self._workers_of[one.config.party] = worker
+            self._functions[worker] = set()
+            self._adopting[worker] = False
+        if self._adopting:
+            self.deadline = 0.0
+
+    def tick(self, now: float) -> None:
+        """Tell adopted workers that can be reached by now that there is a new agent. Due at `deadline`."""
+        for worker, told in self._adopting.items():
+            if not told:
+                self._adopting[worker] = self._send(worker, channel.adopt(self._epoch))
+        self.deadline = None
+        if not all(self._adopting.values()):
+            self.deadline = now + self._retry_s
+            self._retry_s = min(self._retry_s * 1.5, _ADOPT_RETRY_MAX_S)
 
     def started(self, worker: int, pid: int) -> None:
         """The worker's process is `pid`."""
@@ -98,6 +136,7 @@ class Pool:
         worker = exited.worker
         self._pids.pop(worker, None)
         self._functions.pop(worker, None)
+        self._adopting.pop(worker, None)
         party = self._parties.pop(worker, b"")
         self._workers_of.pop(party, None)
         return party
@@ -118,6 +157,10 @@ class Pool:
         """A worker's name in records: endpoint and number."""
         return f"{self._endpoint}/{worker}"
 
+    def pid_of(self, worker: int) -> int | None:
+        """Its process, once that is known."""
+        return self._pids.get(worker)
+
     def progress(self) -> dict[int, int]:
         """For each worker the seq of the entry that it started last."""
         return {worker: self.zygote.progress(worker) for worker in self._pids}
@@ -133,7 +176,24 @@ class Pool:
 
     def receive(self) -> list[Message]:
         """What the workers have said; never blocks."""
-        return [Message(*found) for found in self.channel.receive()]
+        said = [Message(*found) for found in self.channel.receive()]
+        if self._adopting:
+            said = [
+                message for message in said if message.worker not in self._adopting or self._counts(message)
+            ]
+        return said
+
+    def _counts(self, message: Message) -> bool:
+        """Whether what a worker says that is being adopted is for us."""
+        worker, body, _ = message
+        if body[0] == channel.DONE:
+            body[2] = []  # grants that another store has given
+            return bool(body[1])
+        if body[0] != channel.ADOPTED or body[3] != self._epoch:
+            return False
+        del self._adopting[worker]
+        self._functions[worker] = set(body[7])
+        return True
 
     def has_function(self, worker: int, digest: bytes) -> bool:
         """Whether the worker has been sent this function."""

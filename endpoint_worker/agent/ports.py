@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from endpoint_worker.store import Store
-from endpoint_worker.store.store import Reading, Writable
+from endpoint_worker.store import Reading, Store, Writable
 from gcref.brains.resolver import Resolver
 from gcref.brains.resolver_events import Who
 from gcref.carriers.bulk import Requester

@@ -37,10 +37,15 @@ class Index:
         limit_bytes: what all segments in memory may take.
         spill_limit_bytes: what all segments on disk may take; None: what the disk has.
         pool_trim_s: an unused segment is dropped after this long.
+        first_number: of the segments that it makes; those of earlier lives have smaller ones.
     """
 
     def __init__(
-        self, limit_bytes: int, spill_limit_bytes: int | None = None, pool_trim_s: float = 8.0
+        self,
+        limit_bytes: int,
+        spill_limit_bytes: int | None = None,
+        pool_trim_s: float = 8.0,
+        first_number: int = 1,
     ) -> None:
         self.limit_bytes = limit_bytes
         self.spill_limit_bytes = spill_limit_bytes
@@ -50,7 +55,8 @@ class Index:
         self.disk_bytes = 0
         self.spill_count = 0
         self.evict_count = 0
-        self._next_number = 1
+        self.freed_count = 0  # grows whenever there may be more room than before
+        self._next_number = first_number
         self._pool = Pool(pool_trim_s)
         self._idle = Idle()
         self._idle_caches = Idle()
@@ -147,6 +153,13 @@ class Index:
         segment.exposed = True
         return Reserved(segment, False, unlink)
 
+    def take_up(self, number: int, use: int, capacity: int, *, disk: bool, writer: int) -> Segment:
+        """Enter a segment of an earlier life, as one that is being written. Somebody of then may see it: it is exposed."""
+        segment = self._start_writing(self._add(Segment(number, capacity, disk, None)), writer)
+        segment.use = use
+        segment.exposed = True
+        return segment
+
     # ------------------------------------------------------------------------------------------------ seeing
 
     def find(self, id: bytes, attempt: int | None = None) -> Object:
@@ -187,6 +200,14 @@ class Index:
         del self._by_worker[worker][number]
         return self._unseen(segment, now)
 
+    def written_by(self, worker: int) -> list[Segment]:
+        """What a worker is writing."""
+        return [segment for segment in self._by_worker.get(worker, {}).values() if segment.writer == worker]
+
+    def workers(self) -> list[int]:
+        """The workers that are writing something, or were granted something."""
+        return [worker for worker, segments in self._by_worker.items() if segments]
+
     def worker_gone(self, worker: int, now: float) -> list[Segment]:
         """A worker is dead. Children that it may have left behind make its segments exposed."""
         unlink: list[Segment] = []
@@ -222,12 +243,22 @@ class Index:
             found.pins -= 1
             self._settle(found)
 
+    def is_seen(self, number: int) -> bool:
+        """Whether somebody writes or may see this segment."""
+        segment = self.segments.get(number)
+        return segment is not None and segment.seen
+
     # ------------------------------------------------------------------------------------------------ going
 
     def free(self, id: bytes, now: float) -> list[Segment]:
         """Nobody wants the object any more; its segment goes when nobody can see it. Unknown ids are passed over."""
         found = self.objects.get(id)
         return [] if found is None else self._detach(found, now)
+
+    @property
+    def has_evicted(self) -> bool:
+        """Whether `evicted` has something."""
+        return bool(self._evicted)
 
     def evicted(self) -> list[bytes]:
         """The caches dropped to make room since the last call."""
@@ -338,11 +369,14 @@ class Index:
     def _new(self, capacity: int, *, disk: bool) -> Segment:
         segment = Segment(self._next_number, capacity, disk, None)
         self._next_number += 1
+        return self._add(segment)
+
+    def _add(self, segment: Segment) -> Segment:
         self.segments[segment.number] = segment
-        if disk:
-            self.disk_bytes += capacity
+        if segment.disk:
+            self.disk_bytes += segment.capacity
         else:
-            self.memory_bytes += capacity
+            self.memory_bytes += segment.capacity
         return segment
 
     def _gone(self, segment: Segment) -> Segment:
@@ -407,6 +441,7 @@ class Index:
         return StoreFullError(message, needed_bytes=size, limit_bytes=self.limit_bytes)
 
     def _evict(self, cache: Object) -> Segment:
+        self.freed_count += 1
         self._evicted.append(cache.id)
         self.evict_count += 1
         self._unlist(cache)
@@ -423,11 +458,13 @@ class Index:
     def _unseen(self, segment: Segment, now: float) -> list[Segment]:
         """Somebody stopped looking: the segment goes if its object has gone before, else its object may be idle now."""
         if segment.owner is not None:
+            self.freed_count += 1
             self._settle(self.objects[segment.owner])
             return []
         return [] if segment.seen else self._retire(segment, now)
 
     def _retire(self, segment: Segment, now: float) -> list[Segment]:
+        self.freed_count += 1
         if segment.disk or segment.exposed:
             return [self._gone(segment)]
         self._pool.add(segment, now)

@@ -17,8 +17,9 @@ class Segment:
     """One file.
 
     Attributes:
-        number: unique in the life of a store.
-        use: how many times it was taken out of the pool; with the number, the name of its file.
+        number: unique in all lives of a store.
+        use: how many times it was taken out of the pool.
+        name: what its file is called now; empty: it never had one. The shell's; see `names`.
         capacity: bytes that it counts for.
         disk: it lies on disk, not in memory.
         writer: the worker that fills it, or `PULL`; None once it is sealed.
@@ -36,6 +37,7 @@ class Segment:
         "disk",
         "exposed",
         "grants",
+        "name",
         "number",
         "owner",
         "pooled_at",
@@ -47,6 +49,7 @@ class Segment:
     def __init__(self, number: int, capacity: int, disk: bool, writer: int | None) -> None:
         self.number = number
         self.use = 0
+        self.name = ""
         self.capacity = capacity
         self.disk = disk
         self.writer = writer
@@ -64,9 +67,13 @@ class Segment:
 
 
 class Object:
-    """A sealed object."""
+    """A sealed object.
 
-    __slots__ = ("attempt", "cache", "id", "pins", "segment", "size", "spilling")
+    Attributes:
+        lost: its bytes turned out to be gone or damaged, and that was said.
+    """
+
+    __slots__ = ("attempt", "cache", "id", "lost", "pins", "segment", "size", "spilling")
 
     def __init__(self, id: bytes, attempt: int, size: int, segment: Segment, cache: bool) -> None:
         self.id = id
@@ -76,6 +83,7 @@ class Object:
         self.cache = cache
         self.pins = 0
         self.spilling = False
+        self.lost = False
 
     @property
     def idle(self) -> bool:

@@ -1,8 +1,8 @@
 """The files of the store: where they lie, how they are filled, mapped, linked and checked.
 
-Segments in memory lie in one folder, segments on disk in another. A file is named by its segment's number and by how
-many times that was used, so a path never means two objects: a message that comes late about one (the last words of
-a dead worker) can do no harm to the next.
+Segments in memory lie in one folder, segments on disk in another. A file's name begins with its segment's number and
+how many times that was used, so a path never means two objects: a message that comes late about one (the last words of
+a dead worker) can do no harm to the next. The rest of the name says what is in the file: see `names`.
 
 Files are filled with `pwrite` alone. On tmpfs that is faster than writing through a mapping (fresh pages 0.84
 against 0.74 GB/s, warm ones 5.4 against 1.7), it holds no GIL, and a full file system is then an `OSError` where
@@ -16,6 +16,7 @@ import mmap
 import os
 import stat
 import zlib
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,36 +28,50 @@ PIECE_BYTES: Final = 8 * 1024 * 1024
 
 
 class Folders:
-    """The two folders, empty at the start: what an earlier life left there belongs to nobody.
+    """The two folders. What an earlier life left there belongs to nobody, unless it is to be kept.
 
     Args:
         memory: for segments in memory; made if missing.
         disk: for segments on disk; made if missing.
+        keep: leave what is there; else they are emptied.
 
     Raises:
         ConfigError: one of them cannot be used.
     """
 
-    def __init__(self, memory: Path, disk: Path) -> None:
-        self.memory = str(_prepare(memory))
-        self.disk = str(_prepare(disk))
+    def __init__(self, memory: Path, disk: Path, *, keep: bool = False) -> None:
+        self.memory = str(_prepare(memory, keep=keep))
+        self.disk = str(_prepare(disk, keep=keep))
         self._memory_device = os.stat(self.memory).st_dev
         self._disk_device = os.stat(self.disk).st_dev
 
     def path(self, segment: Segment) -> str:
         """Where a segment lies."""
-        return f"{self.disk if segment.disk else self.memory}/{segment.number:x}-{segment.use:x}"
+        return f"{self.disk if segment.disk else self.memory}/{segment.name}"
 
-    def name_again(self, segment: Segment) -> None:
-        """Give the file of a segment that was taken out of the pool its new name."""
-        before = f"{self.memory}/{segment.number:x}-{segment.use - 1:x}"
-        try:
-            os.rename(before, self.path(segment))
-        except FileNotFoundError:
-            pass  # somebody cleaned up behind our back; whoever writes it makes it
+    def rename(self, segment: Segment, name: str) -> None:
+        """Give the file of a segment another name.
 
-    def number(self, path: str) -> int:
-        """The number of the segment at a path, as somebody else names it.
+        Raises:
+            OSError: it keeps the one it had.
+        """
+        before = self.path(segment)
+        os.rename(before, f"{self.disk if segment.disk else self.memory}/{name}")
+        segment.name = name
+
+    def has_room(self, disk: bool, size: int) -> bool:
+        """Whether the file system has room for so many bytes, now. Whoever writes them may find out otherwise."""
+        found = os.statvfs(self.disk if disk else self.memory)
+        return found.f_bavail * found.f_frsize >= size
+
+    def scan(self) -> Iterator[tuple[str, str, bool]]:
+        """Every file: folder, name, and whether it is on disk."""
+        for folder, disk in ((self.memory, False), (self.disk, True)):
+            for name in os.listdir(folder):
+                yield folder, name, disk
+
+    def split(self, path: str) -> tuple[int, str, bool]:
+        """Take apart the path of a segment, as somebody else names it: its number, its file's name, whether it is on disk.
 
         Raises:
             LookupError: no segment can lie there.
@@ -64,7 +79,7 @@ class Folders:
         folder, _, name = path.rpartition("/")
         try:
             if folder in (self.memory, self.disk):
-                return int(name.partition("-")[0], 16)
+                return int(name.partition("-")[0], 16), name, folder == self.disk
         except ValueError:
             pass
         raise LookupError(f"{path!r} is no segment of this store")
@@ -84,20 +99,21 @@ class Folders:
             return True
         raise OSError(errno.EXDEV, "neither on the store's file system nor on its disk's", path)
 
-    def remove(self) -> None:
-        """Remove both folders and what is in them."""
+    def remove(self, keep: Container[str] = ()) -> None:
+        """Remove both folders and what is in them, except for the files at these paths (and a folder that has one)."""
         for folder in (self.memory, self.disk):
-            _clear(folder)
+            _clear(folder, keep)
             try:
                 os.rmdir(folder)
             except OSError:
-                pass  # somebody put a folder there; it is not ours to remove
+                pass  # something is kept, or somebody put a folder there that is not ours to remove
 
 
-def _prepare(folder: Path) -> Path:
+def _prepare(folder: Path, *, keep: bool) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _clear(str(folder))
+        if not keep:
+            _clear(str(folder))
     except OSError as error:
         raise ConfigError(
             f"the object store cannot use the folder {folder}: {error.strerror}; make it one that you can write to",
@@ -107,16 +123,18 @@ def _prepare(folder: Path) -> Path:
     return folder.absolute()
 
 
-def _clear(folder: str) -> None:
+def _clear(folder: str, keep: Container[str] = ()) -> None:
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
         return
     for name in names:
-        try:
-            os.unlink(f"{folder}/{name}")
-        except (FileNotFoundError, IsADirectoryError):
-            pass
+        path = f"{folder}/{name}"
+        if path not in keep:
+            try:
+                os.unlink(path)
+            except (FileNotFoundError, IsADirectoryError):
+                pass
 
 
 def unlink(path: str) -> None:
@@ -169,16 +187,15 @@ def checksum(buffer: Any) -> int:
 
 
 def copy_to(source: str, target: str, size: int) -> int:
-    """Copy a blob into another segment; its crc32. The target appears whole or not at all.
+    """Copy a blob into a file that nobody knows yet; its crc32.
 
     Raises:
         OSError: no room, or a defect of the disk; the target is not there then.
     """
-    unfinished = target + ".part"
     crc = 0
     mapping = map_readable(source, size)
     try:
-        fd = create(unfinished)
+        fd = create(target)
         try:
             with memoryview(mapping) as view:
                 for at in range(0, size, PIECE_BYTES):
@@ -187,9 +204,8 @@ def copy_to(source: str, target: str, size: int) -> int:
                         crc = zlib.crc32(piece, crc)
         finally:
             os.close(fd)
-        os.rename(unfinished, target)
     except OSError:
-        unlink(unfinished)
+        unlink(target)
         raise
     finally:
         mapping.close()

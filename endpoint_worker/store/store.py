@@ -11,6 +11,11 @@ disk at once, and a thread of the store's own copies what is used least to disk 
 room. It also unlinks large files (giving back a gigabyte of pages takes a tenth of a second). That thread starts
 when it is first needed and sleeps without waking.
 
+The store may outlive its process: with `recover` a new one takes up what an earlier life left. Files say by their names
+what is in them (`names`), so nothing else is written for that:
+
+    Store(recover=True) ─► seal what dead or living workers tell of ─► recover(wanted, workers) ─► … settle(worker)
+
 A spilled object is not copied back: its file is mapped where it lies, and the kernel's page cache is what keeps a
 useful one in memory. A place that names a spilled blob carries its crc32, for whoever maps it to check first.
 """
@@ -22,16 +27,17 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from endpoint_worker.store import segments
+from endpoint_worker.store import names, segments, troubles
 from endpoint_worker.store.background import Background
+from endpoint_worker.store.earlier import EarlierLife
+from endpoint_worker.store.handles import Allocated, Mapped, Reading, Writable
 from endpoint_worker.store.index import Index
 from endpoint_worker.store.model import PULL, Object, Reserved, Segment, Spill
-from gcref import ids as id_module
 from gcref.errors import LostReason, ObjectLostError, StoreFullError
 
 # Files up to this size are unlinked at once; above it, by the store's thread.
@@ -39,131 +45,6 @@ _UNLINK_INLINE_BYTES: Final = 4 * 1024 * 1024
 # A mapping that the network has not let go of is tried again after this long.
 _RETRY_S: Final = 1.0
 POOL_TRIM_S: Final = 8.0
-
-
-class Allocated(NamedTuple):
-    """A segment for a worker to fill: what SEGMENT says."""
-
-    path: str
-    capacity: int
-    warm: bool
-
-
-class Reading:
-    """A range of an object, mapped for a send.
-
-    Attributes:
-        buffer: exactly the range asked for, read-only.
-    """
-
-    __slots__ = ("_mapped", "_store", "buffer")
-
-    def __init__(self, store: Store, mapped: _Mapped, buffer: memoryview) -> None:
-        self._store = store
-        self._mapped: _Mapped | None = mapped
-        self.buffer = buffer
-
-    def release(self) -> None:
-        """The bytes are not looked at any more. Call it once; again does nothing."""
-        mapped, self._mapped = self._mapped, None
-        if mapped is not None:
-            self._store._release(mapped, self.buffer)
-
-
-class Writable:
-    """An object on its way into the store. Nobody sees it before `seal`. One thread uses it.
-
-    Attributes:
-        buffer: always None: the bytes go in by `write`.
-    """
-
-    __slots__ = ("_attempt", "_cache", "_fd", "_id", "_segment", "_shared", "_size", "_store")
-
-    buffer: Final = None
-
-    def __init__(
-        self, store: Store, segment: Segment, id: bytes, attempt: int, size: int, cache: bool
-    ) -> None:
-        self._store = store
-        self._segment = segment
-        self._id = id
-        self._attempt = attempt
-        self._size = size
-        self._cache = cache
-        self._shared = False
-        self._fd = -1
-        self._open()
-
-    def write(self, offset: int, data: Any) -> None:
-        """Write bytes at an offset.
-
-        Raises:
-            StoreFullError: memory and disk are full.
-        """
-        try:
-            segments.write_at(self._fd, data, offset)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self._segment.disk or self._shared:
-                raise self._store._translate(error, self._size) from error
-            self._move_to_disk()
-            self.write(offset, data)
-
-    def share(self) -> str | None:
-        """A path where another process may write the blob. The file is never used for another object then."""
-        self._shared = True
-        return self._store._path(self._segment)
-
-    def seal(self) -> None:
-        """All bytes are there: the object is in the store.
-
-        Raises:
-            OSError: the file is shorter than the object.
-        """
-        self._close()
-        self._store._seal(self._segment, self._id, self._attempt, self._size, self._cache, self._shared)
-
-    def abort(self) -> None:
-        """Give up; the bytes go."""
-        self._close()
-        self._store._abandon(self._segment, reusable=not self._shared)
-
-    def _open(self) -> None:
-        try:
-            self._fd = segments.create(self._store._path(self._segment))
-        except OSError as error:
-            self._store._abandon(self._segment, reusable=False)
-            raise self._store._translate(error, self._size) from error
-
-    def _close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def _move_to_disk(self) -> None:
-        source, old_fd = self._segment, self._fd
-        self._segment = self._store._reserve(self._size, PULL, disk=True).segment
-        self._open()
-        try:
-            at = 0
-            while piece := os.pread(old_fd, segments.PIECE_BYTES, at):
-                segments.write_at(self._fd, piece[: self._size - at], at)
-                at += len(piece)
-        except OSError as error:
-            raise self._store._translate(error, self._size) from error
-        finally:
-            os.close(old_fd)
-            self._store._abandon(source, reusable=False)
-
-
-class _Mapped:
-    """One mapping of a segment in this process, shared by the readings of it."""
-
-    __slots__ = ("mapping", "segment", "users")
-
-    def __init__(self, segment: Segment, mapping: mmap.mmap) -> None:
-        self.segment = segment
-        self.mapping = mapping
-        self.users = 0
 
 
 class Store:
@@ -175,6 +56,8 @@ class Store:
         limit_bytes: what all segments in memory may take, pooled ones too.
         spill_limit_bytes: what segments on disk may take; None: what the disk has.
         pool_trim_s: how long unused segments are kept, in seconds.
+        recover: leave what is there: `recover` comes.
+        wake: called, on any thread, when `lost` has something new.
 
     Raises:
         ConfigError: a folder cannot be used.
@@ -188,14 +71,22 @@ class Store:
         *,
         spill_limit_bytes: int | None = None,
         pool_trim_s: float = POOL_TRIM_S,
+        recover: bool = False,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
-        self._folders = segments.Folders(directory, spill_directory)
-        self._index = Index(limit_bytes, spill_limit_bytes, pool_trim_s)
+        self._folders = segments.Folders(directory, spill_directory, keep=recover)
+        # Workers of earlier lives may still speak of numbers whose files are gone: the clock makes sure that none comes again.
+        first_number = time.time_ns() // 1000 if recover else 1
+        self._index = Index(limit_bytes, spill_limit_bytes, pool_trim_s, first_number)
+        self._earlier = EarlierLife(self._folders, self._index, first_number)
+        self._troubles = troubles.Troubles(self._folders.disk, limit_bytes)
         self._lock = threading.Lock()
-        self._mapped: dict[int, _Mapped] = {}
-        self._stuck: list[_Mapped] = []
+        self._mapped: dict[int, Mapped] = {}
+        self._stuck: list[Mapped] = []
         self._retry_at = 0.0
         self._checked: set[int] = set()  # segments whose crc was found right in this process
+        self._lost: list[tuple[bytes, LostReason]] = []
+        self._wake = wake
         self._background = Background("gcref-store")
         self._closed = False
 
@@ -219,20 +110,29 @@ class Store:
                 gone = self._abandon_failed(failed)
             self._unlink(gone)
             if gone and gone[0].disk:
-                raise self._disk_full(size)
+                raise self._troubles.disk_full(size)
         found = self._reserve(size, worker, disk=disk)
         return Allocated(self._path(found.segment), found.segment.capacity, found.warm)
 
     def seal(self, id: bytes, attempt: int, path: str, size: int) -> None:
         """A worker wrote the object into the segment at `path`. An older attempt of the object goes.
 
+        It may be a worker of an earlier life, and this may have been said in that life too: with `recover`, a path is
+        understood until its bytes are freed.
+
         Raises:
             LookupError: nobody is writing there.
             OSError: the file is shorter than that; the segment is gone.
         """
-        with self._lock:
-            segment = self._written(path)
-        self._seal(segment, id, attempt, size, cache=False, shared=False)
+        try:
+            with self._lock:
+                if self._is_sealed(id, attempt, path):
+                    return  # it was told twice
+                segment = self._written(path)
+            self._seal(segment, id, attempt, size, cache=False, shared=False)
+        except (LookupError, OSError):
+            self._tell_lost(id, LostReason.BYTES_LOST)
+            raise
 
     def discard(self, paths: Iterable[str]) -> None:
         """Workers wrote these, but nobody may see them. Unknown paths are passed over."""
@@ -274,6 +174,7 @@ class Store:
         except StoreFullError as error:
             raise OSError(errno.ENOSPC, str(error), path) from error
         self._unlink(unlink)
+        segment.name = names.whole(segment.number, segment.use, PULL, id, attempt, size, None)
         try:
             os.link(path, self._path(segment), follow_symlinks=False)
         except OSError:
@@ -355,7 +256,7 @@ class Store:
         with self._lock:
             for path, grants, reusable in items:
                 try:
-                    number = self._folders.number(path)
+                    number = self._folders.split(path)[0]
                 except LookupError:
                     continue  # a place of its own making harms nobody
                 unlink += self._index.ungrant(worker, number, grants, reusable=bool(reusable), now=now)
@@ -370,16 +271,7 @@ class Store:
         with self._lock:
             unlink = self._index.worker_gone(worker, time.monotonic())
         self._unlink(unlink)
-
-    def pin(self, id: bytes) -> None:
-        """It is in use: neither evict nor spill it. Unknown ids are passed over."""
-        with self._lock:
-            self._index.pin(id)
-
-    def unpin(self, id: bytes) -> None:
-        """Undo one `pin`."""
-        with self._lock:
-            self._index.unpin(id)
+        self._earlier.worker_gone(worker)
 
     def set_cache(self, ids: Iterable[bytes], cache: bool) -> None:
         """Say whether these may be dropped when there is no room: copies of other homes' objects that nobody needs now."""
@@ -396,12 +288,67 @@ class Store:
                 unlink += self._index.free(id, now)
         self._unlink(unlink)
 
+    def seen(self, ids: Iterable[bytes]) -> dict[bytes, int]:
+        """Which of these somebody maps or sends now, each with a number for `is_seen`."""
+        with self._lock:
+            found = [self._index.objects.get(id) for id in ids]
+            return {here.id: here.segment.number for here in found if here is not None and here.segment.seen}
+
+    def is_seen(self, number: int) -> bool:
+        """Whether somebody still sees the bytes that `seen` numbered, be the object freed or not."""
+        return self._index.is_seen(number)
+
     def evicted(self) -> list[bytes]:
         """The caches dropped to make room since the last call."""
-        if not self._index.evict_count:
+        if not self._index.has_evicted:
             return []
         with self._lock:
             return self._index.evicted()
+
+    def lost(self) -> list[tuple[bytes, LostReason]]:
+        """The objects whose bytes turned out to be gone or damaged since the last call, or could not be sealed; once each."""
+        if not self._lost:
+            return []
+        with self._lock:
+            lost, self._lost = self._lost, []
+        return lost
+
+    # --------------------------------------------------------------------------------------------- an earlier life
+
+    def recover(
+        self,
+        wanted: Mapping[bytes, tuple[int, int]],
+        workers: Collection[int],
+        caches: Collection[bytes] = (),
+    ) -> dict[bytes, tuple[int, int]]:
+        """Take up what an earlier life left, and remove the rest of it. Once, after `Store(…, recover=True)`.
+
+        What is taken up is never written again, because somebody of then may still see it: it is unlinked when it is freed.
+
+        Args:
+            wanted: attempt and size of each object that ought to be here.
+            workers: those of then that live, or of whose results `seal` is still to be told. What they were writing
+                stays, and so does what they wrote that nobody wants yet, until `settle` or `worker_gone`.
+            caches: which of the wanted have their home elsewhere and may be dropped when memory is short.
+
+        Returns:
+            Attempt and size of each wanted object that is here, whole and as wanted.
+        """
+        now = time.monotonic()
+        with self._lock:
+            taken, unlink = self._earlier.recover(wanted, frozenset(workers), caches, now)
+            self._lost.clear()  # what could not be sealed before is not among those taken
+        self._unlink(unlink)
+        return taken
+
+    def settle(self, worker: int) -> None:
+        """A worker of an earlier life has told all its results: what it wrote then and nobody took goes."""
+        now = time.monotonic()
+        unlink: list[Segment] = []
+        with self._lock:
+            for segment in self._earlier.untold(worker):
+                unlink += self._index.abandon(segment.number, now, reusable=False)
+        self._unlink(unlink)
 
     # ------------------------------------------------------------------------------------------- housekeeping
 
@@ -420,6 +367,16 @@ class Store:
             }
 
     @property
+    def limit_bytes(self) -> int:
+        """What all segments in memory may take."""
+        return self._index.limit_bytes
+
+    @property
+    def freed(self) -> int:
+        """A number that grows whenever there may be more room than before."""
+        return self._index.freed_count
+
+    @property
     def deadline(self) -> float | None:
         """When `tick` has something to do, in monotonic seconds; None: never, as things are."""
         trim = self._index.deadline
@@ -436,11 +393,20 @@ class Store:
                 unlink += self._unmap(mapped, now)
         self._unlink(unlink)
 
-    def close(self) -> None:
-        """Remove every file. Only when the workers are dead and the bulk thread has ended."""
+    def close(self, *, keep: bool = False) -> bool:
+        """Remove every file. Only when the workers are dead and the bulk thread has ended.
+
+        Args:
+            keep: leave the objects that are no caches, for a later life to `recover`.
+
+        Returns:
+            Whether something was left.
+        """
         self._closed = True
         self._background.close()
-        self._folders.remove()
+        kept = {self._path(o.segment) for o in self._index.objects.values() if not o.cache} if keep else set()
+        self._folders.remove(kept)
+        return bool(kept)
 
     # ------------------------------------------------------------------------------------------------- inside
 
@@ -452,18 +418,41 @@ class Store:
             found = self._index.reserve(size, writer, disk=disk)
             spills = self._index.victims()
         self._unlink(found.unlink)
-        if found.warm:
-            self._folders.name_again(found.segment)
         for spill in spills:
             self._background.submit(partial(self._spill, spill))
+        segment = found.segment
+        if not found.warm and not self._folders.has_room(segment.disk, size):
+            self._abandon(segment, reusable=False)
+            if segment.disk:
+                raise self._troubles.disk_full(size)
+            self._unlink_pool()
+            return self._reserve(size, writer, disk=True)
+        name = names.writing(segment.number, segment.use, writer, segment.capacity)
+        if found.warm:
+            try:
+                self._folders.rename(segment, name)
+            except FileNotFoundError:
+                pass  # somebody cleaned up behind our back; whoever writes it makes it
+        segment.name = name
         return found
 
     def _written(self, path: str) -> Segment:
-        """The segment that is being written at a path; under the lock."""
-        segment = self._index.segments.get(self._folders.number(path))
-        if segment is None or segment.writer is None or self._path(segment) != path:
+        """The segment that is being written at a path, by whichever name it is known; under the lock."""
+        number, name, _ = self._folders.split(path)
+        segment = self._index.segments.get(number)
+        if segment is None:
+            segment = self._earlier.find(number, path)
+        if segment is None or segment.writer is None or names.stem_of(segment.name) != names.stem_of(name):
             raise LookupError(f"nobody is writing a segment at {path}")
         return segment
+
+    def _is_sealed(self, id: bytes, attempt: int, path: str) -> bool:
+        """Whether this attempt of the object lies at this very path; under the lock."""
+        found = self._index.objects.get(id)
+        if found is None or found.attempt != attempt:
+            return False
+        _, name, disk = self._folders.split(path)
+        return disk == found.segment.disk and names.stem_of(name) == names.stem_of(found.segment.name)
 
     def _abandon_failed(self, path: str) -> list[Segment]:
         try:
@@ -473,6 +462,12 @@ class Store:
         now = time.monotonic()
         return self._index.abandon(segment.number, now, reusable=False) + self._index.drop_pool()
 
+    def _unlink_pool(self) -> None:
+        """Memory is scarcer than the accounts say: what is only kept in case goes."""
+        with self._lock:
+            unlink = self._index.drop_pool()
+        self._unlink(unlink)
+
     def _abandon(self, segment: Segment, *, reusable: bool) -> None:
         with self._lock:
             unlink = self._index.abandon(segment.number, time.monotonic(), reusable=reusable)
@@ -480,10 +475,13 @@ class Store:
 
     def _seal(self, segment: Segment, id: bytes, attempt: int, size: int, cache: bool, shared: bool) -> None:
         path = self._path(segment)
+        writer = PULL if segment.writer is None else segment.writer
+        name = names.whole(segment.number, segment.use, writer, id, attempt, size, None)
         try:
             # Touching a mapping beyond the end of its file is fatal, so nobody's word is taken for the size.
             if os.stat(path).st_size < size:
                 raise OSError(errno.EIO, f"shorter than the object of {size} bytes", path)
+            self._name(segment, name)
         except OSError:
             self._abandon(segment, reusable=False)
             raise
@@ -492,20 +490,29 @@ class Store:
             unlink = self._index.seal(id, attempt, segment.number, size, cache=cache, now=time.monotonic())
         self._unlink(unlink)
 
-    def _map(self, found: Object) -> _Mapped:
+    def _name(self, segment: Segment, name: str) -> None:
+        if segment.name != name:
+            try:
+                self._folders.rename(segment, name)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise  # else the folder cannot take a longer name: a later life will not find it, this one does
+
+    def _map(self, found: Object) -> Mapped:
         """Map an object's segment here, or share the mapping that there is; under the lock."""
         mapped = self._mapped.get(found.segment.number)
         if mapped is None:
             try:
                 mapping = segments.map_readable(self._path(found.segment), found.size)
             except OSError as error:
-                raise _lost(found.id, LostReason.BYTES_LOST, str(error)) from error
-            mapped = self._mapped[found.segment.number] = _Mapped(found.segment, mapping)
+                self._note_lost(found, LostReason.BYTES_LOST)
+                raise troubles.lost(found.id, LostReason.BYTES_LOST, str(error)) from error
+            mapped = self._mapped[found.segment.number] = Mapped(found.segment, mapping)
         mapped.users += 1
         self._index.begin_read(found)
         return mapped
 
-    def _release(self, mapped: _Mapped, buffer: memoryview) -> None:
+    def _release(self, mapped: Mapped, buffer: memoryview) -> None:
         buffer.release()
         now = time.monotonic()
         with self._lock:
@@ -515,7 +522,7 @@ class Store:
             )
         self._unlink(unlink)
 
-    def _unmap(self, mapped: _Mapped, now: float) -> list[Segment]:
+    def _unmap(self, mapped: Mapped, now: float) -> list[Segment]:
         """Close a mapping that has no users; under the lock. The last read ends only when it is closed."""
         if mapped.users:
             # Somebody shares it again since it was stuck; the reading left over ends with this call.
@@ -534,25 +541,30 @@ class Store:
         if segment.crc is None or segment.number in self._checked:
             return
         if segments.checksum(mapping) != segment.crc:
-            raise _lost(id, LostReason.CORRUPT, f"its bytes at {self._path(segment)} have changed")
+            with self._lock:
+                found = self._index.objects.get(id)
+                if found is not None and found.segment is segment:
+                    self._note_lost(found, LostReason.CORRUPT)
+            raise troubles.lost(id, LostReason.CORRUPT, f"its bytes at {self._path(segment)} have changed")
         self._checked.add(segment.number)
 
-    def _translate(self, error: OSError, size: int) -> Exception:
-        return self._disk_full(size) if error.errno in (errno.ENOSPC, errno.EDQUOT) else error
+    def _note_lost(self, found: Object, reason: LostReason) -> None:
+        """Under the lock."""
+        if not found.lost:
+            found.lost = True
+            self._tell_lost(found.id, reason)
 
-    def _disk_full(self, size: int) -> StoreFullError:
-        return StoreFullError(
-            f"no room for {size} bytes: shared memory is full, and so is the disk at {self._folders.disk}; make room "
-            "there, set spill_dir to a larger disk, or drop results that are not needed any more",
-            needed_bytes=size,
-            limit_bytes=self._index.limit_bytes,
-        )
+    def _tell_lost(self, id: bytes, reason: LostReason) -> None:
+        self._lost.append((id, reason))
+        self._wake()
 
     # ------------------------------------------------------------------------------------------------- thread
 
     def _unlink(self, gone: list[Segment]) -> None:
         for segment in gone:
             self._checked.discard(segment.number)
+            if not segment.name:
+                continue  # it never had a file
             path = self._path(segment)
             if segment.capacity <= _UNLINK_INLINE_BYTES:
                 segments.unlink(path)
@@ -563,14 +575,24 @@ class Store:
         crc: int | None = None
         if not self._closed:
             try:
-                crc = segments.copy_to(self._path(spill.source), self._path(spill.target), spill.object.size)
+                crc = self._copy(spill)
             except OSError:
                 pass  # the disk is full or broken: the object stays in memory
         with self._lock:
             unlink = self._index.spilled(spill, crc, time.monotonic())
         self._unlink(unlink)
 
-
-def _lost(id: bytes, reason: LostReason, why: str) -> ObjectLostError:
-    text = id_module.text(id)
-    return ObjectLostError(f"object {text} is lost: {why}", reason=reason, object_id=text)
+    def _copy(self, spill: Spill) -> int:
+        found, source, target = spill
+        if not self._folders.has_room(True, found.size):
+            raise OSError(errno.ENOSPC, "no room to spill an object", self._folders.disk)
+        part = f"{self._folders.disk}/{names.stem(target.number, target.use)}{names.PART}"
+        crc = segments.copy_to(self._path(source), part, found.size)
+        name = names.whole(target.number, target.use, PULL, found.id, found.attempt, found.size, crc)
+        try:
+            os.rename(part, f"{self._folders.disk}/{name}")
+        except OSError:
+            segments.unlink(part)
+            raise
+        target.name = name
+        return crc

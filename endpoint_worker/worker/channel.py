@@ -13,6 +13,7 @@ A message is an array whose first item is its kind; the frames are packed by `gc
     SLOT        ok, failure                  the answer to BLOCKED and to RESUME (ok false: raise the failure)
     UNMAP                                    objects were freed: look again for mappings that can be closed
     EXIT                                     end, once what is held has been sent
+    ADOPT       epoch                        a new agent speaks; what its predecessor handed out is void
 
     worker → agent
     READY       worker, pid                  the first message
@@ -22,6 +23,9 @@ A message is an array whose first item is its kind; the frames are packed by `gc
     GIVE_BACK   seqs                         held entries that this worker will not start
     BLOCKED     id                           the running task waits for a future: its slot may be lent
     RESUME      id                           it has its value and wants a slot again
+    ADOPTED     worker, pid, epoch, running, last, lent, digests
+                                             the answer to ADOPT: the seq that runs (0: none), the highest one that
+                                             was ever begun, whether its slot is lent, the functions that are here
 
 An entry is `[seq, id, attempt, fn_digest|None, payload|None, args_path|None, deps, flags, group, walltime_s|None]`.
 
@@ -40,6 +44,10 @@ Rules:
       them is what makes it safe to send a place again while the news of its release is on its way. `reusable` false:
       a child of the task may see the bytes still, so the segment may be unlinked but never filled again.
     - A worker answers nothing while it runs a task. Messages wait in the socket.
+    - ADOPT is taken when any message would be. The worker drops its queue, returns no grant of before (a new agent has
+      counted none; what is mapped stays mapped), sends all results of its page again, then ADOPTED, then again what it
+      was waiting to be answered, except for ASK. Until ADOPTED has come, only the results of what a worker says count: the
+      rest was said to the dead. `epoch` keeps the answers to two new agents apart.
     - Clocks are `time.monotonic`, which is one and the same for the processes of a machine.
 """
 
@@ -61,6 +69,7 @@ NO_SEGMENT: Final = 5
 SLOT: Final = 6
 UNMAP: Final = 7
 EXIT: Final = 8
+ADOPT: Final = 9
 
 # worker → agent
 READY: Final = 16
@@ -70,6 +79,7 @@ ALLOC: Final = 19
 GIVE_BACK: Final = 20
 BLOCKED: Final = 21
 RESUME: Final = 22
+ADOPTED: Final = 23
 
 _NOBLOCK: Final = int(zmq.NOBLOCK)
 _NOBLOCK_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -81,6 +91,9 @@ KEEP: Final = 1
 # over *and* the progress page does not name them; the gap covers the instants in which a store of the one
 # processor is not yet seen by the other.
 LEASE_MARGIN_S: Final = 0.001
+# While its agent is away a worker tries so often to reach a new one, in the thread of its socket.
+_RECONNECT_MS: Final = 20
+_RECONNECT_MAX_MS: Final = 160
 # A worker that ends waits this long for its last messages to leave.
 _LINGER_MS: Final = 2000
 
@@ -123,6 +136,11 @@ def unmap() -> bytes:
 def exit() -> bytes:
     """EXIT, packed."""
     return codec.pack([EXIT])
+
+
+def adopt(epoch: int) -> bytes:
+    """ADOPT, packed; `epoch` is another number for each agent."""
+    return codec.pack([ADOPT, epoch])
 
 
 def routing_id(worker: int) -> bytes:
@@ -205,6 +223,8 @@ class WorkerChannel:
         self.socket.set(zmq.LINGER, _LINGER_MS)
         self.socket.set(zmq.SNDHWM, 0)
         self.socket.set(zmq.RCVHWM, 0)
+        self.socket.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        self.socket.set(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
         self.socket.connect(address)
         self.send = self.socket.send
 

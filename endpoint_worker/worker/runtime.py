@@ -24,23 +24,23 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from queue import SimpleQueue
 from types import CoroutineType
 from typing import Any, Final
 
 from endpoint_worker.store import segments
-from endpoint_worker.worker import channel
+from endpoint_worker.worker import calls, channel
+from endpoint_worker.worker.calls import PLAIN_TYPES, UNMEASURED, Function, ToldError
 from endpoint_worker.worker.channel import KEEP, LEASE_MARGIN_S, WorkerChannel
 from endpoint_worker.worker.lending import Lender
 from endpoint_worker.worker.output import Output
-from endpoint_worker.worker.page import Page
+from endpoint_worker.worker.page import BLOCKED, START, START_AT, Page
 from endpoint_worker.worker.values import RECENT_MAX, SMALL_BYTES, Kept, Mappings
 from gcref import task_context
 from gcref.config import EXCEPTION_MAX_BYTES, INLINE_MAX_BYTES
 from gcref.errors import GcrefError, LocalProtocolError
 from gcref.objects import blob, failure
-from gcref.objects.functions import load_function
 from gcref.objects.serialize import dumps, dumps_call, loads, loads_call
 from gcref.task_context import TaskContext
 from gcref.wire import codec
@@ -50,6 +50,8 @@ FLUSH_S: Final = 0.002
 OVERDUE_S: Final = 0.010
 # A function that takes longer than this is worth a send of its own before it starts.
 LONG_S: Final = 0.001
+# To unmap a gigabyte takes a tenth of a second. The result of a task that saw more than this does not wait for it.
+LARGE_BYTES: Final = 8 * 1024 * 1024
 # At most so many bytes of results wait: a message stays far below the largest one.
 _PENDING_MAX_BYTES: Final = 4 * 1024 * 1024
 # What the agent sends may hold thousands of inline arguments. It is ours, so this only guards against nonsense.
@@ -58,39 +60,13 @@ _MESSAGE_MAX_BYTES: Final = 1 << 34
 _COLLECT_AFTER_MS: Final = 50
 # How much of a new measurement goes into a function's time.
 _WEIGHT: Final = 0.3
-_UNMEASURED: Final = float("inf")
 # What goes wrong outside of tasks (a signal's handler that raises) is survived, but not without end.
 _TROUBLES_MAX: Final = 20
-
-# Values of these types are neither coroutines nor futures.
-_PLAIN_TYPES: Final = frozenset((type(None), bool, int, float, str, bytes, list, tuple, dict, set))
 
 _NO_ARGUMENTS: Final = blob.join(dumps_call(None, (), {}).encoded)
 
 _clock = time.monotonic
-
-
-class _Function:
-    """A function that entries name by its digest; rebuilt when it is first called, so that its task has the trouble."""
-
-    __slots__ = ("call", "data", "seconds")
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.call: Callable[..., Any] | None = None
-        self.seconds = _UNMEASURED
-
-    def load(self) -> Callable[..., Any]:
-        self.call = load_function(self.data)
-        return self.call
-
-
-class _ToldError(Exception):
-    """The agent has answered with the failure that the task is to end with."""
-
-    def __init__(self, told: list[Any]) -> None:
-        super().__init__()
-        self.told = told
+_note_start = START.pack_into
 
 
 class Runtime:
@@ -132,7 +108,7 @@ class Runtime:
             party,
             Lender(self._may_lend, self._lend, self._resume).blocking,
         )
-        self._functions: dict[bytes, _Function] = {}
+        self._functions: dict[bytes, Function] = {}
         self._queue: deque[list[Any]] = deque()
         self._lease = 0.0
         self._answer: list[Any] | None = None
@@ -164,6 +140,7 @@ class Runtime:
         """
         task_context.current = self._context
         os.register_at_fork(before=self._mappings.taint, after_in_child=self._in_child)
+        self._page.sign()
         self._send([channel.READY, self._worker, os.getpid()])
         while True:
             # Twice, because a task's signal handler may raise anything, anywhere.
@@ -182,7 +159,13 @@ class Runtime:
     def _loop(self) -> None:
         # Everything that a task needs is a local name: this is the hot path of the whole system.
         queue, parts, given_back, words = self._queue, self._parts, self._given_back, self._page.words
-        note, kept, recent = self._page.add, self._kept, self._kept.recent
+        page, note_start, note, kept, recent = (
+            self._page.mapping,
+            _note_start,
+            self._page.add,
+            self._kept,
+            self._kept.recent,
+        )
         functions, context, mappings, wanted = self._functions, self._context, self._mappings, self._wanted
         out, err = self._output.out, self._output.err
         clock, pack, execute = _clock, codec.pack, self._execute
@@ -212,6 +195,7 @@ class Runtime:
                     self._flush()
                 elif not self._armed:
                     self._arm_flusher()
+            note_start(page, START_AT, seq, attempt, id)
             words[0] = seq  # before the clock is read: see channel.LEASE_MARGIN_S
             started = clock()
             if started >= self._lease:
@@ -227,7 +211,7 @@ class Runtime:
             if function is not None:
                 took = ended - started
                 before = function.seconds
-                function.seconds = took if before == _UNMEASURED else before + _WEIGHT * (took - before)
+                function.seconds = took if before == UNMEASURED else before + _WEIGHT * (took - before)
             extra = self._output.take() if out.kept or err.kept else None
             part = pack(
                 (seq, id, attempt, status, value, started + self._unix_offset, ended - started, refs, extra)
@@ -244,13 +228,15 @@ class Runtime:
                 elif flags & KEEP or id in wanted:
                     kept.add_large(id, value)
             if mappings.used:
+                if mappings.used_bytes > LARGE_BYTES:
+                    self._flush()
                 mappings.let_go()
             if mappings.held:
                 mappings.retry()
 
     def _execute(
         self,
-        function: _Function | None,
+        function: Function | None,
         digest: bytes | None,
         payload: Any,
         args: list[Any] | None,
@@ -265,7 +251,7 @@ class Runtime:
                 if payload == _NO_ARGUMENTS:
                     call = (None, (), {})
                 else:
-                    call = loads_call(payload, self._resolver(deps) if deps else _no_dependency)
+                    call = loads_call(payload, self._resolver(deps) if deps else calls.no_dependency)
                 fn, arguments, keywords = call
                 if function is not None:
                     fn = function.call or function.load()
@@ -276,10 +262,10 @@ class Runtime:
             value = fn(*arguments, **keywords)  # type: ignore[misc]
             if self._forked:
                 os._exit(0)  # a child that the task forked came back as if it were the worker
-            if type(value) not in _PLAIN_TYPES:
+            if type(value) not in PLAIN_TYPES:
                 if type(value) is CoroutineType:
-                    value = _run_coroutine(value)
-                if _is_future(type(value)):
+                    value = calls.run_coroutine(value)
+                if calls.is_future(type(value)):
                     return ALIAS, value.ref().pack(), None
             try:
                 encoded = dumps(value)
@@ -288,13 +274,15 @@ class Runtime:
             if encoded.size <= INLINE_MAX_BYTES:
                 return OK, b"".join(encoded.parts), encoded.refs or None
             return STORED, self._store(encoded), encoded.refs or None
-        except _ToldError as error:
+        except ToldError as error:
             return FAILED, error.told, None
         except BaseException as error:  # noqa: BLE001 - all that a task raises is its result
             if self._forked:
                 traceback.print_exception(error)
                 os._exit(1)
-            return FAILED, self._failure(error), None
+            told = self._failure(error)
+            calls.forget_frames(error)
+            return FAILED, told, None
 
     def _map_arguments(self, payload: Any, args: list[Any] | None, deps: list[Any]) -> Any:
         """Take up the grants of the entry; gives the blob of the arguments."""
@@ -333,7 +321,7 @@ class Runtime:
         """Write a large result to where the agent says: `[path, size]`.
 
         Raises:
-            _ToldError: there is no room.
+            ToldError: there is no room.
         """
         self._flush()
         failed: str | None = None
@@ -342,7 +330,7 @@ class Runtime:
                 [channel.ALLOC, encoded.size, failed], (channel.SEGMENT, channel.NO_SEGMENT)
             )
             if answer[0] == channel.NO_SEGMENT:
-                raise _ToldError(answer[1])
+                raise ToldError(answer[1])
             path: str = answer[1]
             try:
                 fd = segments.create(path)
@@ -414,7 +402,7 @@ class Runtime:
                     self._count(entry)
             self._queue.extend(entries)
         elif kind == channel.FUNCTION:
-            self._functions[message[1]] = _Function(message[2])
+            self._functions[message[1]] = Function(message[2])
         elif kind == channel.GRANT:
             self._lease = message[1] - LEASE_MARGIN_S
             if message[2]:
@@ -424,19 +412,29 @@ class Runtime:
             self._answer = message
         elif kind == channel.UNMAP:
             self._mappings.collect()
+        elif kind == channel.ADOPT:
+            self._adopt(message[1])
+            self._answer = message
         elif kind == channel.EXIT:
             self._ending = True
 
     def _request(self, message: list[Any], kinds: tuple[int, ...]) -> list[Any]:
-        """Send a message and wait for its answer; what else comes meanwhile is taken as always."""
+        """Send a message and wait for its answer; what else comes meanwhile is taken as always.
+
+        A new agent is asked again, unless `kinds` has ADOPT.
+        """
         self._answer = None  # a GRANT may have come unasked
         self._send(message)
         while True:
             # Nothing waits to be sent, so the other thread does not touch the socket.
             self._take(self._link.socket.recv())
             answer = self._take_answer()
-            if answer is not None and answer[0] in kinds:
+            if answer is None:
+                continue
+            if answer[0] in kinds:
                 return answer
+            if answer[0] == channel.ADOPT:
+                self._send(message)
 
     def _take_answer(self) -> list[Any] | None:
         answer, self._answer = self._answer, None
@@ -444,10 +442,28 @@ class Runtime:
 
     def _ask(self, seq: int) -> None:
         """The lease is over: wait for another one. The entry is in the queue still, if it may start."""
+        self._page.unstart()
         self._flush()
-        self._request([channel.ASK, seq], (channel.GRANT,))
+        self._request([channel.ASK, seq], (channel.GRANT, channel.ADOPT))
         if self._mappings.returned:
             self._flush()
+
+    def _adopt(self, epoch: int) -> None:
+        """There is a new agent: what the old one had handed out is void, but for the task that runs."""
+        for entry in self._queue:
+            self._pass_over(entry)
+        self._queue.clear()
+        self._given_back.clear()
+        self._mappings.void()
+        self._flush()
+        page = self._page
+        running = self._running[0] if self._running is not None else 0
+        adopted = [
+            channel.ADOPTED, self._worker, os.getpid(), epoch, running, page.progress, page.blocked, list(self._functions)
+        ]  # fmt: skip
+        with self._sending:
+            self._link.send(channel.done(page.results(), []))
+            self._link.send(codec.pack(adopted))
 
     def _count(self, entry: list[Any]) -> None:
         """Note what an entry that came will look at."""
@@ -552,6 +568,7 @@ class Runtime:
         self._give_back_all()  # what was on its way meanwhile
         if not answer[1]:
             raise failure.to_exception(answer[2])
+        self._page.words[BLOCKED] = 1
 
     def _resume(self) -> None:
         """It has its value: wait for a slot.
@@ -559,7 +576,10 @@ class Runtime:
         Raises:
             GcrefError: there is none for it any more.
         """
-        answer = self._request([channel.RESUME, self._context.task_id], (channel.SLOT,))
+        try:
+            answer = self._request([channel.RESUME, self._context.task_id], (channel.SLOT,))
+        finally:
+            self._page.words[BLOCKED] = 0
         if not answer[1]:
             raise failure.to_exception(answer[2])
 
@@ -570,18 +590,3 @@ class Runtime:
         self._forked = True
         self._armed = True
         task_context.current = None
-
-
-def _is_future(kind: type) -> bool:
-    """Futures of ours: told by what they can do, because the SDK is loaded only by tasks that use it."""
-    return hasattr(kind, "ref") and hasattr(kind, "add_done_callback")
-
-
-def _no_dependency(index: int) -> Any:
-    raise LocalProtocolError(f"the arguments name dependency {index}, the entry has none")
-
-
-def _run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    import asyncio
-
-    return asyncio.run(coroutine)

@@ -41,9 +41,10 @@ class _Path:
         awaited: how many of those are still in the queue.
         held: it is among those to be tried again.
         reusable: no child of this process can see it.
+        void: it was an earlier agent's.
     """
 
-    __slots__ = ("awaited", "grants", "held", "mapping", "reusable")
+    __slots__ = ("awaited", "grants", "held", "mapping", "reusable", "void")
 
     def __init__(self) -> None:
         self.mapping: mmap.mmap | bytes | None = None
@@ -51,6 +52,7 @@ class _Path:
         self.awaited = 0
         self.held = False
         self.reusable = True
+        self.void = False
 
 
 class Mappings:
@@ -58,17 +60,20 @@ class Mappings:
 
     Attributes:
         used: paths that the running task may have mapped.
+        used_bytes: how much of it was mapped for that task.
         returned: what to tell the agent with the next DONE: `[path, grants, reusable]`.
         wants_collection: something is held that was not there at the last `collect`.
     """
 
     def __init__(self) -> None:
         self.used: list[str] = []
+        self.used_bytes = 0
         self.returned: list[list[Any]] = []
         self.wants_collection = False
         self._paths: dict[str, _Path] = {}
         self._held: deque[str] = deque()
         self._mappings = 0
+        self._set_aside = 0
 
     @property
     def held(self) -> int:
@@ -78,7 +83,9 @@ class Mappings:
     def granted(self, path: str) -> None:
         """An entry came that may map this path."""
         found = self._paths.get(path)
-        if found is None:
+        if found is None or found.void:
+            if found is not None:
+                self._put_aside(path, found)
             found = self._paths[path] = _Path()
         found.grants += 1
         found.awaited += 1
@@ -107,11 +114,13 @@ class Mappings:
                 self._forget(mapping)
                 raise _lost(place[0], LostReason.CORRUPT, "its bytes have changed on disk")
             found.mapping = mapping
+        self.used_bytes += place[1]
         return memoryview(found.mapping)
 
     def let_go(self) -> None:
         """The task has ended and its values are gone: close what nobody looks at."""
         used, self.used = self.used, []
+        self.used_bytes = 0
         for path in used:
             found = self._paths.get(path)
             if found is not None:  # else it was there twice
@@ -138,6 +147,21 @@ class Mappings:
         for found in self._paths.values():
             if found.mapping is not None:
                 found.reusable = False
+
+    def void(self) -> None:
+        """The agent that counts our grants is another one, which has counted none. What is mapped stays mapped."""
+        self.returned.clear()
+        for found in self._paths.values():
+            found.grants = 0
+            found.void = True
+
+    def _put_aside(self, path: str, found: _Path) -> None:
+        """What an earlier agent had at this path may be something else: it goes when nobody looks at it any more."""
+        self._set_aside += 1
+        aside = f"{path}\0{self._set_aside}"
+        self._paths[aside] = found
+        found.held = True
+        self._held.append(aside)
 
     def take_returned(self) -> list[list[Any]]:
         """What the agent gets back since the last call."""
@@ -173,7 +197,8 @@ class Mappings:
                 self._held.append(path)
             return
         del self._paths[path]
-        self.returned.append([path, found.grants, found.reusable])
+        if found.grants:
+            self.returned.append([path, found.grants, found.reusable])
 
     def _forget(self, mapping: mmap.mmap | bytes | None) -> None:
         if isinstance(mapping, mmap.mmap):

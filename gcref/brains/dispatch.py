@@ -22,6 +22,8 @@ Rules that hold after every event (`validate` checks them):
   comes back.
 * **Lent slots.** At most `workers` processes run tasks at any time; a blocked one does not count. More processes are
   started when there is something to run and nobody to run it, and retired when they were idle for `SPARE_S`.
+* **Adopted workers.** What a worker runs that an earlier agent had started goes on and uses a slot; one without a task
+  counts as a process that is starting. Neither gets anything before it has said that it knows us.
 
 A task that is taken back is READY and in the queue, or WAITING when arguments are missing. This brain reads `waiters`, `deps`,
 `missing` and `options` of a task, and writes `state` (READY, DISPATCHED, WAITING), `worker`, `seq` and `sent_at`.
@@ -32,16 +34,18 @@ Source: chunks that shrink as the queue does are guided self-scheduling (Polychr
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from math import inf
 from typing import Any, Final, NoReturn
 
 from gcref.brains import dispatch_events as ev
+from gcref.brains import dispatch_facts as facts
 from gcref.brains.dispatch_ahead import follow
 from gcref.brains.dispatch_events import Event, Instruction
 from gcref.brains.dispatch_worker import (
     ABSENT,
+    AWAITED,
     BLOCKED,
     DEAD,
     LOOKAHEAD_S,
@@ -69,11 +73,12 @@ LOG_EVENTS: Final = 64
 """Events remembered for the text of an `IllegalEventError`."""
 
 _NOTHING: Final = (0, 0.0)
-_ALWAYS: Final = {state: state for state in (UP, BLOCKED, RESUMING, REFUSED, RETIRING, DEAD)}
+_ALWAYS: Final = {state: state for state in (AWAITED, UP, BLOCKED, RESUMING, REFUSED, RETIRING, DEAD)}
 
 TRANSITIONS: Final[dict[type, dict[str, str]]] = {
     ev.WorkerUp: {ABSENT: UP, DEAD: DEAD},
-    ev.WorkerDown: dict.fromkeys((ABSENT, UP, BLOCKED, RESUMING, REFUSED, RETIRING), DEAD),
+    ev.Rejoined: {AWAITED: UP, UP: UP, BLOCKED: BLOCKED, DEAD: DEAD},  # once for each that was adopted
+    ev.WorkerDown: dict.fromkeys((ABSENT, AWAITED, UP, BLOCKED, RESUMING, REFUSED, RETIRING), DEAD),
     ev.Finished: _ALWAYS,  # and to UP when it is the blocked task that has ended
     ev.GaveBack: _ALWAYS,
     ev.Asked: {UP: UP, REFUSED: UP, RETIRING: RETIRING, DEAD: DEAD},
@@ -109,6 +114,8 @@ class Dispatch:
         self._workers: dict[int, Worker] = {}
         self._idle: dict[int, Worker] = {}  # up and holding nothing; the most recent last
         self._starting = workers
+        self._awaited: set[int] = set()  # adopted without a task; they are among those that are starting
+        self._adopted = 0
         self._retiring: set[int] = set()
         self._dead: set[int] = set()
         self._blocked = 0  # workers BLOCKED or RESUMING
@@ -120,6 +127,8 @@ class Dispatch:
             ev.Ready: self._ready,
             ev.WorkerUp: self._worker_up,
             ev.WorkerDown: self._worker_down,
+            ev.Adopted: self._adopt,
+            ev.Rejoined: self._rejoined,
             ev.Finished: self._finished,
             ev.GaveBack: self._gave_back,
             ev.Asked: self._asked,
@@ -171,7 +180,12 @@ class Dispatch:
 
     def is_up(self, worker: int) -> bool:
         """Whether the worker came up and is not down."""
-        return worker in self._workers or worker in self._retiring
+        return worker in self._workers or worker in self._retiring or worker in self._awaited
+
+    def is_blocked(self, task: Task) -> bool:
+        """Whether it has begun, and waits for a future."""
+        worker = self._workers.get(task.worker) if task.worker is not None else None
+        return worker is not None and worker.blocked is task
 
     def is_running(self, task: Task) -> bool | None:
         """True: started, its end not known here. False: not started. None: held by a worker that may be starting it."""
@@ -182,24 +196,24 @@ class Dispatch:
             return True
         return False if worker.settled else None
 
-    def describe(self) -> dict[str, Any]:
-        """The state of the dispatch, for STATUS: plain values."""
-        workers = [
-            {
-                "worker": w.number,
-                "state": ("busy" if w.held else "idle") if w.state in (UP, REFUSED) else w.state,
-                "held": len(w.held),
-                "running": task.id if (task := w.held.get(w.started)) is not None else None,
-                "lease_until": w.lease_until,
-                "heard_at": w.heard_at,
-            }
-            for w in self._workers.values()
-        ]
+    def describe(self, progress: Mapping[int, int], now: float) -> dict[str, Any]:
+        """The state of the dispatch, for STATUS: plain values. `progress`: as in `Tick`."""
+        workers = [facts.of_worker(w, progress.get(w.number, 0), now) for w in self._workers.values()]
         return {
             "slots": self._slots, "free_slots": self._free(), "queued": self._queued(), "starting": self._starting,
             "blocked": self._blocked, "resuming": len(self._resuming), "retiring": len(self._retiring),
             "functions_measured": len(self._costs), "workers": workers,
         }  # fmt: skip
+
+    def places_of(
+        self, tasks: Iterable[Task], progress: Mapping[int, int], now: float
+    ) -> dict[Task, dict[str, Any]]:
+        """Where tasks are that are READY or DISPATCHED, for EXPLAIN. `progress`: as in `Tick`."""
+        return facts.of_tasks(tasks, self._workers, self._queue, progress, now)
+
+    def head(self, count: int) -> list[Task]:
+        """The first tasks of the queue."""
+        return list(islice(self._queue, count))
 
     # -------------------------------------------------------------------------------------------------- legality
 
@@ -210,7 +224,15 @@ class Dispatch:
         if worker is not None:
             state = worker.state
         else:
-            state = RETIRING if number in self._retiring else DEAD if number in self._dead else ABSENT
+            state = (
+                RETIRING
+                if number in self._retiring
+                else DEAD
+                if number in self._dead
+                else AWAITED
+                if number in self._awaited
+                else ABSENT
+            )
         after = TRANSITIONS[type(event)].get(state)
         if after is None:
             self._refuse(event, f"worker {number} is {state}", number, None)
@@ -382,6 +404,7 @@ class Dispatch:
         now = event.now
         self._note(now, "WorkerDown", event.worker, worker.held.values() if worker is not None else ())
         self._dead.add(event.worker)
+        self._awaited.discard(event.worker)
         if event.worker in self._retiring:
             self._retiring.discard(event.worker)
             return
@@ -405,10 +428,86 @@ class Dispatch:
             if lost:
                 self._out.append(ev.Lost(lost))
             self._requeue(back)
+        self._replace_missing()
+        self._balance(now)
+
+    def _replace_missing(self) -> None:
         missing = self._slots - len(self._workers) - self._starting
         if missing > 0:
             self._starting += missing
             self._out.append(ev.Spawn(missing))
+
+    def _adopt(self, event: ev.Adopted) -> None:
+        if self._workers or self._dead or self._awaited:
+            self._refuse(event, "there are workers already", None, None)
+        numbers = [number for number, _, _, _ in event.workers]
+        if len(set(numbers)) < len(numbers):
+            self._refuse(event, "a worker is in it twice", None, None)
+        tasks = [task for _, task, _, _ in event.workers if task is not None]
+        if len(set(tasks)) < len(tasks):
+            self._refuse(event, "a task is in it twice", None, max(tasks, key=tasks.count))
+        for known in tasks:
+            if known.worker is not None or known.seq == QUEUED or known.state > DISPATCHED:
+                self._refuse(event, "a task is queued, held, or has ended", None, known)
+        now = self._now = event.now
+        self._adopted = len(numbers)
+        self._note(now, "Adopted", None, tasks)
+        for number, task, seq, blocked in event.workers:
+            if task is None:
+                self._awaited.add(number)
+            else:
+                self._workers[number] = self._take_over(number, task, seq, blocked, now)
+        self._starting = len(self._awaited)
+        self._replace_missing()
+        self._balance(now)
+
+    def _take_over(self, number: int, task: Task, seq: int, blocked: bool, now: float) -> Worker:
+        worker = Worker(number, now)
+        worker.away = worker.settled = True
+        worker.started = worker.last_seq = seq
+        # There may be fewer slots than under the agent before.
+        worker.uninvited = True
+        task.state, task.worker, task.seq, task.sent_at = DISPATCHED, number, seq, now
+        worker.held[seq] = task
+        worker.tally[function_of(task)] = 1
+        worker.notice_at = now + STARTED_AFTER_S
+        walltime_s = task.options.walltime_s
+        worker.overrun_at = None if walltime_s is None else now + walltime_s
+        if blocked:
+            self._lend(worker, task)
+        return worker
+
+    def _rejoined(self, event: ev.Rejoined) -> None:
+        known = self._workers.get(event.worker)
+        if known is not None and not known.away:
+            self._refuse(event, f"worker {event.worker} is not away", event.worker, None)
+        worker, after = self._move(event)
+        if after == DEAD:
+            return
+        now = event.now
+        self._note(now, "Rejoined", event.worker)
+        if worker is None:
+            self._awaited.discard(event.worker)
+            self._starting = max(0, self._starting - 1)
+            worker = self._workers[event.worker] = Worker(event.worker, now)
+        worker.away = False
+        worker.last_seq = max(worker.last_seq, event.last)
+        worker.revoked, worker.dropped = [], []
+        if event.running not in worker.held:
+            if worker.blocked is not None:
+                self._unblock(worker)
+            self._take_back(worker, list(worker.held.values()))
+        elif event.blocked and worker.blocked is None:
+            self._lend(worker, worker.held[event.running])
+        elif worker.blocked is not None and not event.blocked:
+            self._unblock(worker)
+            worker.uninvited = True
+        worker.started = max(worker.started, event.last)
+        self._heard(worker, now)
+        if event.running and not worker.held:
+            # What it runs is nobody's any more. It was in nobody's count either.
+            worker.haunted = worker.uninvited = True
+            self._idle.pop(worker.number, None)
         self._balance(now)
 
     def _finished(self, event: ev.Finished) -> None:
@@ -496,7 +595,13 @@ class Dispatch:
         worker.notice_at = worker.overrun_at = worker.tail = None
         worker.uninvited = False
         number = worker.number
-        if worker.blocked is None and not worker.revoked and not worker.haunted and number not in self._idle:
+        if (
+            worker.blocked is None
+            and not worker.revoked
+            and not worker.haunted
+            and not worker.away
+            and number not in self._idle
+        ):
             worker.idle_since = now
             self._idle[number] = worker
 
@@ -550,7 +655,7 @@ class Dispatch:
     # ------------------------------------------------------------------------------------------------ lent slots
 
     def _block(self, event: ev.Blocked) -> None:
-        worker, after = self._move(event)
+        worker, _ = self._move(event)
         if worker is None:
             return
         now, task = event.now, event.task
@@ -564,12 +669,16 @@ class Dispatch:
             worker.state = REFUSED
             self._out.append(ev.Deadlocked(worker.number, task))
             return
-        worker.state = after
-        worker.blocked = task
-        self._blocked += 1
-        self._kept += kept
+        self._lend(worker, task)
         self._idle.pop(worker.number, None)
         self._balance(now)
+
+    def _lend(self, worker: Worker, task: Task) -> None:
+        worker.state = BLOCKED
+        worker.blocked = task
+        self._blocked += 1
+        if not worker.lends():
+            self._kept += 1
 
     def _unblock(self, worker: Worker) -> None:
         self._blocked -= 1
@@ -685,6 +794,7 @@ class Dispatch:
             worker.blocked is not None
             or worker.revoked
             or worker.cancelling
+            or worker.away
             or now - worker.heard_at > LEASE_S
         ):
             return None  # deep in a task, or its lease must not be extended
@@ -716,7 +826,7 @@ class Dispatch:
             return  # slots that become free are for them
         idle = self._idle
         count = self._queued()
-        free = min(len(idle), self._free())
+        free = max(0, min(len(idle), self._free()))
         if count <= free:
             for _ in range(count):
                 worker = next(reversed(idle.values()))
@@ -924,15 +1034,16 @@ class Dispatch:
         for worker in self._workers.values():
             worker.validate(worker.number in self._idle)
         free = self._free()
-        assert free >= 0 or any(w.uninvited for w in self._workers.values()), (
+        assert free >= 0 or any(w.uninvited or w.away for w in self._workers.values()), (
             "more tasks run than there are slots"
         )
         assert self._blocked == sum(w.blocked is not None for w in self._workers.values())
         assert self._kept == sum(w.blocked is not None and not w.lends() for w in self._workers.values())
         assert list(self._resuming) == [w for w in self._resuming if w.state == RESUMING]
-        assert not (self._resuming and free), "a free slot goes to those who resume"
-        assert not (queue and self._idle and free and not self._resuming), (
+        assert not (self._resuming and free > 0), "a free slot goes to those who resume"
+        assert not (queue and self._idle and free > 0 and not self._resuming), (
             "somebody idle, a slot, and something to run"
         )
-        assert len(self._workers) + self._starting <= self._max_workers
+        assert len(self._workers) + self._starting <= max(self._max_workers, self._adopted)
+        assert len(self._awaited) <= self._starting
         assert len(self._workers) + self._starting >= self._slots, "the dead are replaced"

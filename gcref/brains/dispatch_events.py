@@ -38,6 +38,32 @@ class WorkerDown(NamedTuple):
     now: float
 
 
+class Adopted(NamedTuple):
+    """An earlier agent's workers that live: instead of the processes that the shell would start unasked. At most once.
+
+    Before any other event of a worker, and before `Ready` has their tasks. Each is number, the task that it runs as far as
+    its page and the graph know (None: nothing that matters), the task's seq there, and whether it has lent its slot.
+    Those tasks become DISPATCHED. Nobody gets anything before `Rejoined`; `Spawn` asks for the processes that are missing.
+    """
+
+    workers: Sequence[tuple[int, Task | None, int, bool]]
+    now: float
+
+
+class Rejoined(NamedTuple):
+    """An adopted worker has said ADOPTED, after all its results: what it held, and has not begun, is dropped there.
+
+    `running` is the seq that it runs, 0 for none; `last` the highest that it ever began; `blocked`: its slot is lent.
+    A task that it does not run after all is queued again, without the loss of an attempt.
+    """
+
+    worker: int
+    running: int
+    last: int
+    blocked: bool
+    now: float
+
+
 class Finished(NamedTuple):
     """Results of a worker, whatever their outcome, as in the worker channel's DONE: seq first, seconds it ran at index 6.
 
@@ -195,7 +221,19 @@ class NotCancelled(NamedTuple):
 
 
 Event = (
-    Ready | WorkerUp | WorkerDown | Finished | GaveBack | Asked | Blocked | Resume | Withdraw | Cancel | Tick
+    Ready
+    | WorkerUp
+    | WorkerDown
+    | Adopted
+    | Rejoined
+    | Finished
+    | GaveBack
+    | Asked
+    | Blocked
+    | Resume
+    | Withdraw
+    | Cancel
+    | Tick
 )
 Instruction = (
     Assign | Grant | Spawn | Retire | Slot | Deadlocked | Started | Lost | Overran | Cancelled | NotCancelled

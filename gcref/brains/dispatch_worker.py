@@ -29,6 +29,7 @@ RESUMING: Final = "resuming"  # its task could go on, and waits for a slot
 REFUSED: Final = "refused"  # up; its last attempt to block was answered by Deadlocked
 RETIRING: Final = "retiring"  # told to exit
 ABSENT: Final = "absent"  # not up yet
+AWAITED: Final = "awaited"  # adopted, without a task, and not heard of yet
 DEAD: Final = "dead"
 
 ALONE: Final = object()
@@ -81,17 +82,19 @@ class Worker:
         frontier: tasks sent here whose waiters may follow them.
         tail: the last task sent; waiters may come to it later, as links of a chain are submitted.
         overrun_at: when the walltime of its task is over.
+        away: adopted, and not heard of yet: it gets nothing.
         uninvited: its blocked task ended without asking for a slot, and so what it holds runs beyond the slots.
     """
 
     __slots__ = (
-        "barren", "blocked", "cancelling", "dropped", "frontier", "haunted", "heard_at", "held", "idle_since",
+        "away", "barren", "blocked", "cancelling", "dropped", "frontier", "haunted", "heard_at", "held", "idle_since",
         "last_seq", "lease_until", "notice_at", "noticed", "number", "overrun_at", "revoked", "settled", "started",
         "state", "tail", "tally", "uninvited",
     )  # fmt: skip
 
     def __init__(self, number: int, now: float) -> None:
         self.number = number
+        self.away = False
         self.state = UP
         self.held: dict[int, Task] = {}
         self.tally: dict[object, int] = {}
@@ -158,7 +161,7 @@ class Worker:
         """Check what must hold of one worker; `idle`: it is among those that get work first."""
         held = self.held
         assert (self.state in (BLOCKED, RESUMING)) == (self.blocked is not None)
-        assert idle <= (not held and self.blocked is None and not self.revoked)
+        assert idle <= (not held and self.blocked is None and not self.revoked and not self.away)
         assert list(held) == sorted(held)
         tally: dict[object, int] = {}
         for seq, task in held.items():
@@ -173,4 +176,6 @@ class Worker:
         assert ALONE not in tally or len(held) == 1, "held alone"
         assert all(task.worker == self.number for task in self.cancelling)
         if not held and not idle and self.blocked is None:
-            assert self.revoked or self.haunted, "a worker that holds nothing is idle, or has to ask first"
+            assert self.revoked or self.haunted or self.away, (
+                "a worker that holds nothing is idle, or has to ask first"
+            )

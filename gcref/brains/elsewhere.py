@@ -9,10 +9,11 @@ needs the room, so that a value travels to this site once.
 
 from __future__ import annotations
 
+from typing import Any
+
 from gcref.brains import resolver_events as ev
 from gcref.brains.graph import Graph
 from gcref.brains.tasks import CANCELLED, DONE, FAILED, LOST, NOBODY, WAITING, Extra, Group, Obj
-from gcref.errors import LostReason
 from gcref.objects import failure as failures
 from gcref.objects.ref import read_token
 from gcref.wire import messages as m
@@ -33,35 +34,28 @@ class Elsewhere:
     def relay_submit(self, event: ev.Submitted, group: Group) -> None:
         """A task of ours submits to another endpoint: we are the submitter there, and it is our subscriber."""
         at_once = []
+        head = [m.SUBMIT, event.home, event.group, event.secret, event.opts, event.fns]
         for spec in event.tasks:
             id, args = spec[0], spec[5]
             obj = self._relayed(id, event.home, group)
             if obj is None:
                 continue
+            assert obj.extra is not None
             if args is None:
                 at_once.append(spec)
+                obj.extra.unsaid = (head, spec)
                 continue
             upload = Obj(args[0], self._graph.me, group, NOBODY)
             upload.size = args[1]
             upload.holds = 1
             upload.extra = Extra()
             upload.extra.pulling = True
-            upload.extra.relay = [
-                m.SUBMIT,
-                event.home,
-                event.group,
-                event.secret,
-                event.opts,
-                event.fns,
-                [spec],
-            ]
+            upload.extra.relay = [*head, [spec]]
             self._graph.objects[upload.id] = upload
-            assert obj.extra is not None
             obj.extra.deferred = upload  # kept until the task's outcome
             self._graph.out.append(ev.Pull(upload, event.who.party))
         if at_once:
-            message = [m.SUBMIT, event.home, event.group, event.secret, event.opts, event.fns, at_once]
-            self._graph.out.append(ev.Relay(event.home, message))
+            self._graph.out.append(ev.Relay(event.home, [*head, at_once]))
         self._graph.settle()
 
     def relay_offer(self, event: ev.Offered, group: Group, id: bytes, size: int, blob: bytes | None) -> None:
@@ -69,11 +63,13 @@ class Elsewhere:
         obj = self._relayed(id, event.home, group)
         if obj is None:
             return
-        message = [m.OFFER, event.home, event.group, event.secret, [[id, size, blob]]]
+        assert obj.extra is not None
+        head = [m.OFFER, event.home, event.group, event.secret]
+        message = [*head, [[id, size, blob]]]
         if blob is not None:
             self._graph.out.append(ev.Relay(event.home, message))
+            obj.extra.unsaid = (head, [id, size, blob])
             return
-        assert obj.extra is not None
         obj.size = size
         obj.extra.pulling = True
         obj.extra.relay = message
@@ -92,64 +88,101 @@ class Elsewhere:
             obj.group = group
             obj.pins |= group.only_submitter
         obj.extra.subscribed = obj.extra.submitted = True
+        self._graph.homes.add(home)
         return obj
 
     # ------------------------------------------------------------------------------------ what comes from there
 
     def outcomes(self, event: ev.Outcomes) -> None:
         """OUTCOME items of another home have come."""
-        for id, status, value, attempt, record, *_ in event.items:
-            obj = self._graph.objects.get(id)
+        graph = self._graph
+        for item in event.items:
+            obj = graph.objects.get(item[0])
             if obj is None or obj.home != event.home or obj.extra is None:
                 continue  # only its home may speak for an object
             extra = obj.extra
             if not extra.confirmed:
                 extra.confirmed = True
-                self._graph.pin_confirmed(obj)
-            if obj.state >= DONE or status == m.PENDING:
+                extra.unsaid = None
+                graph.pin_confirmed(obj)
+                if not obj.pins and obj.holds == 0:
+                    graph.garbage.append(obj)
+            if item[1] == m.PENDING:
                 continue
-            obj.record = record
-            obj.attempt = attempt
-            if status == m.OK:
-                extra.moved = (event.carrier, len(value))
-                self._graph.end(obj, DONE, value, len(value))
-            elif status == m.STORED:
-                obj.size = value
-                extra.at_home = True
-                if extra.relay is not None:  # a relayed put: we hold the bytes already
-                    extra.relay = None
-                    self._graph.end(obj, DONE, None, value)
-                elif obj.waiters or obj.pins:
-                    self._graph.want(obj)
-                self._graph.end_aliases_of(obj)
-            elif status == m.FAILED:
-                self._graph.end(obj, FAILED, None, 0, value)
-            elif status == m.CANCELLED_STATUS:
-                self._graph.end(obj, CANCELLED, None, 0, failures.cancelled())
-            elif status == m.LOST:
-                self._graph.end(
-                    obj, LOST, None, 0, failures.make("ObjectLostError", value[1], reason=value[0])
+            if obj.state < DONE:
+                self._take(obj, item, event.carrier)
+            elif item[3] > obj.attempt and graph.lies_in_store(obj):
+                extra.newer = (
+                    item  # the bytes that are here stay; what the home has now counts once they are gone
                 )
-            elif status == m.ALIAS:
-                self._graph.alias(obj, value)
-        self._graph.settle()
+        graph.settle()
+
+    def _take(self, obj: Obj, item: list[Any], carrier: str) -> None:
+        """The home says how an object stands whose value is not here."""
+        graph, extra = self._graph, obj.extra
+        assert extra is not None
+        status, value, attempt, record = item[1:5]
+        if attempt != obj.attempt and extra.pulling and obj.home != graph.me and extra.relay is None:
+            extra.pulling = False  # of an earlier attempt
+            graph.out.append(ev.CancelPull(obj.id))
+        obj.record = record
+        obj.attempt = attempt
+        if status == m.OK:
+            extra.moved = (carrier, len(value))
+            graph.end(obj, DONE, value, len(value))
+        elif status == m.STORED:
+            obj.size = value
+            extra.at_home = True
+            if extra.relay is not None:  # a relayed put: we hold the bytes already
+                extra.relay = None
+                graph.end(obj, DONE, None, value)
+            elif obj.waiters or obj.pins:
+                graph.want(obj)
+            graph.end_aliases_of(obj)
+        elif status == m.FAILED:
+            graph.end(obj, FAILED, None, 0, value)
+        elif status == m.CANCELLED_STATUS:
+            graph.end(obj, CANCELLED, None, 0, failures.cancelled())
+        elif status == m.LOST:
+            graph.end(obj, LOST, None, 0, failures.make("ObjectLostError", value[1], reason=value[0]))
+        elif status == m.ALIAS and extra.target is None:
+            graph.alias(obj, value)
+
+    def copy_gone(self, obj: Obj) -> None:
+        """The store does not have its copy of an object any more: whoever needs it waits until it is brought again."""
+        graph, extra = self._graph, obj.extra
+        assert extra is not None
+        if not obj.pins and obj.holds == 0:
+            graph.objects.pop(obj.id, None)
+            return
+        obj.state = WAITING
+        extra.at_home = True
+        extra.pulling = False
+        newer, extra.newer = extra.newer, None
+        if newer is not None:
+            extra.at_home = False
+            self._take(obj, newer, "")
 
     def pulled(self, event: ev.Pulled) -> None:
         """The bytes of objects are in the store."""
         for id, attempt, carrier, moved, refs in event.items:
             obj = self._graph.objects.get(id)
             if obj is None or obj.extra is None or not obj.extra.pulling:
-                self._graph.frees.append(id)  # nobody wants it any more
+                # Nobody wants it any more.
+                if obj is None or not self._graph.lies_in_store(obj):
+                    self._graph.frees.append(id)
                 continue
+            relay, of_other = obj.extra.relay, obj.home != self._graph.me
+            if of_other and relay is None and attempt != obj.attempt:
+                continue  # the home has spoken of a later attempt since, whose pull is on its way
             obj.extra.pulling = False
             obj.extra.at_home = False
-            if obj.extra.relay is not None:
-                relay = obj.extra.relay
+            if relay is not None:
                 self._graph.out.append(ev.Relay(relay[1], relay))
-                if obj.home != self._graph.me:
+                if of_other:
                     continue  # a relayed put: done when its home says so
             obj.attempt = attempt
-            obj.extra.moved = (carrier, moved) if obj.home != self._graph.me else None
+            obj.extra.moved = (carrier, moved) if of_other else None
             if refs and obj.group is not None:
                 who = ev.Who(obj.group.submitter, "user", obj.group.owner, "client")
                 self._graph.done(obj, None, obj.size, refs, who)
@@ -160,12 +193,33 @@ class Elsewhere:
     def pull_failed(self, event: ev.PullFailed) -> None:
         """The bytes of an object cannot be had."""
         obj = self._graph.objects.get(event.id)
-        if obj is not None and obj.extra is not None and obj.extra.pulling:
-            obj.extra.pulling = False
-            state = LOST if event.failure[0] == "ObjectLostError" else FAILED
-            if obj.state < DONE:
-                self._graph.end(obj, state, None, 0, event.failure)
+        if obj is None or obj.extra is None or obj.state >= DONE:
+            return
+        extra = obj.extra
+        of_other = obj.home != self._graph.me
+        if event.attempt is not None and of_other and extra.relay is None:
+            # Of an object of another home: its home may have spoken of a later attempt since.
+            if event.attempt != obj.attempt or (extra.at_home and not extra.pulling):
+                return
+        elif not extra.pulling:
+            return
+        extra.pulling = False
+        state = LOST if event.failure[0] == "ObjectLostError" else FAILED
+        self._graph.end(obj, state, None, 0, event.failure)
+        if extra.relay is not None and not of_other:
+            # The argument blob of a task that was to be relayed: that task will never reach its home.
+            task = self._graph.objects.get(extra.relay[6][0][0])
+            if task is not None and task.state < DONE:
+                self._graph.end(task, state, None, 0, event.failure)
         self._graph.settle()
+
+    def pull_waits(self, event: ev.PullWaits) -> None:
+        """The home has not the bytes that it spoke of: it will speak of the object again."""
+        obj = self._graph.objects.get(event.id)
+        if obj is None or obj.extra is None or obj.home == self._graph.me or obj.extra.relay is not None:
+            return
+        if obj.extra.pulling and obj.attempt == event.attempt:
+            obj.extra.pulling = obj.extra.at_home = False
 
     def forgotten(self, event: ev.Forgotten) -> None:
         """A home has let objects go: so do we, where nobody needs our copy."""
@@ -181,27 +235,8 @@ class Elsewhere:
             obj = self._graph.objects.get(id)
             if obj is None or obj.home == self._graph.me or obj.extra is None or obj.state != DONE:
                 continue
-            if not obj.pins and obj.holds == 0:
-                del self._graph.objects[id]
-            else:
-                obj.state = WAITING
-                obj.extra.at_home = True
-                obj.extra.pulling = False
+            self.copy_gone(obj)
         self._graph.settle()
-
-    def argument_gone(self, event: ev.ArgumentGone) -> None:
-        """An argument was dropped before its task was sent: bring it once more, or say that it is lost."""
-        graph, task, obj = self._graph, event.task, event.obj
-        task.state = WAITING
-        if obj.home == graph.me or obj.extra is None:
-            text = "the bytes of an argument are gone from its home's store"
-            graph.fail(task, failures.make("ObjectLostError", text, reason=LostReason.BYTES_LOST.value))
-        else:
-            if obj.state == DONE:
-                obj.state = WAITING
-                obj.extra.at_home = True
-            task.missing += graph.wait_for(task, obj)
-        graph.settle()
 
     def home_lost(self, event: ev.HomeLost) -> None:
         """An endpoint is lost, or has lost its memory."""

@@ -63,10 +63,14 @@ class Graph:
             ("submitted", "done", "failed", "cancelled", "lost", "duplicates", "stale"), 0
         )
         self.unknown: dict[bytes, float] = {}  # placeholders by deadline, oldest first
+        self.functions: set[bytes] = set()  # digests of those whose bytes are here
+        self.fn_waiters: dict[bytes, list[Task]] = {}
+        self.homes: set[bytes] = set()  # other endpoints that may know pins of ours
+        self.reclaims: dict[bytes, set[bytes]] = {}  # what a restarted endpoint has said so far that it pins
         self._unknown_object_s = unknown_object_s
         self._lease_s = lease_s
-        self._graves: tuple[dict[bytes, None], dict[bytes, None]] = ({}, {})
-        self._graves_turn_at: float | None = None
+        self.graves: tuple[dict[bytes, None], dict[bytes, None]] = ({}, {})
+        self.graves_turn_at: float | None = None
         # What one event has brought about.
         self.out: list[ev.Instruction] = []
         self.ready: list[Task] = []
@@ -86,7 +90,7 @@ class Graph:
     def deadline(self) -> float | None:
         """When `expire` is due (monotonic seconds), or None."""
         first = next(iter(self.unknown.values()), None)
-        turn = self._graves_turn_at
+        turn = self.graves_turn_at
         if first is None or turn is None:
             return turn if first is None else first
         return min(first, turn)
@@ -97,6 +101,11 @@ class Graph:
         while (extra := obj.extra) is not None and extra.target is not None:
             obj = extra.target
         return obj
+
+    @staticmethod
+    def lies_in_store(obj: Obj) -> bool:
+        """Whether the value of `obj` is bytes of its own in the store."""
+        return obj.state == DONE and obj.value is None and (obj.extra is None or obj.extra.target is None)
 
     def may_read(self, obj: Obj, who: ev.Who, token: bytes | None) -> bool:
         """Whether the party may see the object: its owner, a task here, or the holder of its read token."""
@@ -128,7 +137,7 @@ class Graph:
             if obj.value is not None:
                 return [obj.id, m.OK, obj.value, obj.attempt, obj.record]
             if obj.extra is not None and obj.extra.target is not None:
-                return [obj.id, m.ALIAS, obj.extra.target_ref, obj.attempt, obj.record]
+                return [obj.id, m.ALIAS, self._packed(obj.extra.target), obj.attempt, obj.record]
             return [obj.id, m.STORED, obj.size, obj.attempt, obj.record]
         if state == FAILED:
             return [obj.id, m.FAILED, obj.failure, obj.attempt, obj.record]
@@ -144,29 +153,8 @@ class Graph:
                 None,
             ]
         if obj.extra is not None and obj.extra.target is not None and obj.extra.target.home != self.me:
-            return [obj.id, m.ALIAS, obj.extra.target_ref, obj.attempt, None]
+            return [obj.id, m.ALIAS, self._packed(obj.extra.target), obj.attempt, None]
         return [obj.id, m.PENDING, None, obj.attempt, None]
-
-    def describe(self, id: bytes) -> dict[str, Any]:
-        """What is known of one object, for `explain` and `status`."""
-        obj = self.objects.get(id)
-        if obj is None:
-            return {"state": "released" if self.is_grave(id) else "unknown"}
-        told: dict[str, Any] = {
-            "state": STATE_NAMES[obj.state], "home": obj.home, "size": obj.size, "attempt": obj.attempt,
-            "pins": len(obj.pins), "holds": obj.holds,
-        }  # fmt: skip
-        if isinstance(obj, Task):
-            told["missing"] = obj.missing
-            told["worker"] = obj.worker
-            told["received_unix_s"] = obj.received_at
-            told["waits_for"] = [d.id for d in obj.deps if self.resolve(d).state < DONE][:100]
-        if obj.extra is not None:
-            told["at_home"] = obj.extra.at_home
-            told["pulling"] = obj.extra.pulling
-            if obj.extra.target is not None:
-                told["alias_of"] = obj.extra.target.id
-        return told
 
     # ----------------------------------------------------------------------------------------------- references
 
@@ -233,6 +221,7 @@ class Graph:
         extra = obj.extra
         assert extra is not None
         extra.subscribed = True
+        self.homes.add(obj.home)
         have = obj.attempt if obj.state == DONE else None
         self.subscribes.setdefault(obj.home, []).append([obj.id, extra.token or None, have, confirm])
 
@@ -360,12 +349,16 @@ class Graph:
         while ended or garbage:
             if ended:
                 obj = ended.pop()
-                if obj.extra is None or obj.extra.target is None or obj.home == self.me:
+                target = obj.extra.target if obj.extra is not None else None
+                if (
+                    target is None or obj.home == self.me or target.home == self.me
+                ):  # else they were sent to it
                     self.tell(obj.pins, self.item(obj))
                 self.wake(obj)
                 if isinstance(obj, Task):
-                    self.let_go(obj)
-                    obj.payload = None
+                    if not self.may_run_again(obj):
+                        self.let_go(obj)
+                        obj.payload = None
                 elif obj.extra is not None and isinstance(
                     obj.extra.deferred, Obj
                 ):  # a relayed task's argument blob
@@ -410,6 +403,11 @@ class Graph:
         task.deps = task.passed = ()
         task.args = None
 
+    @staticmethod
+    def may_run_again(task: Task) -> bool:
+        """Whether a task that has ended keeps what is needed to run it: its bytes could be lost, and it has a retry left."""
+        return task.attempt <= task.options.retries and Graph.lies_in_store(task)
+
     def drop(self, obj: Obj) -> None:
         """Hold `obj` once less."""
         obj.holds -= 1
@@ -417,6 +415,15 @@ class Graph:
             self.garbage.append(obj)
 
     # -------------------------------------------------------------------------------------------------- aliases
+
+    def _packed(self, target: Obj) -> bytes:
+        """The reference that subscribers of an alias are sent to. Not before it is told: a target's SUBMIT may come late."""
+        token = (
+            target.extra.token
+            if target.extra is not None and target.home != self.me
+            else self.token_of(target)
+        )
+        return target.id + target.home + token
 
     def alias(self, obj: Obj, ref: bytes) -> None:
         """`obj` is whatever the reference is: subscribers are redirected, chains collapse, a cycle fails."""
@@ -437,7 +444,6 @@ class Graph:
         end.extra = end.extra or Extra()
         followers = [obj, *(obj.extra.aliases or ())]
         obj.extra.aliases = None
-        packed = end.id + end.home + (end.extra.token if end.home != self.me else self.token_of(end))
         end.extra.aliases = end.extra.aliases or []
         end.extra.aliases.extend(followers)
         for follower in followers:
@@ -446,9 +452,10 @@ class Graph:
                 obj.holds -= 1
                 end.holds += 1
             follower.extra.target = end
-            follower.extra.target_ref = packed
-            if end.home != self.me and follower.home == self.me and end.state < DONE:
+            if end.home != self.me and end.state < DONE:
                 self.tell(follower.pins, self.item(follower))
+        if not obj.pins and obj.holds == 0:
+            self.garbage.append(obj)  # only its followers held it
         if end.extra.at_home:
             self.end_aliases_of(end)
         waiters, obj.waiters = obj.waiters, None
@@ -474,6 +481,8 @@ class Graph:
             or (end.value is not None and not redirected)
         ):
             self.end(alias, end.state, end.value, end.size, end.failure)
+            if not redirected and alias.home != self.me and end.home != self.me:
+                self.tell(alias.pins, self.item(alias))
             return
         alias.state = DONE
         if not redirected:
@@ -509,6 +518,8 @@ class Graph:
                 del self.objects[obj.id]
             return
         extra = obj.extra
+        if obj.state < DONE and extra is not None and (extra.unsaid or isinstance(extra.deferred, Obj)):
+            return  # a task of ours for another home runs though nobody waits for it: until its outcome it stays
         if extra is not None and extra.subscribed:
             extra.subscribed = extra.confirmed = False
             self.unsubscribes.setdefault(obj.home, []).append(obj.id)
@@ -517,14 +528,18 @@ class Graph:
         if obj.state != DONE or (extra is not None and extra.target is not None):
             if extra is not None and extra.pulling:
                 self.out.append(ev.CancelPull(obj.id))
+                self.frees.append(obj.id)  # bytes of an earlier attempt, if there are any
             self.delete(obj)
 
     def delete(self, obj: Obj) -> None:
         """Take an object out of the table, with its bytes and what it held."""
         self.objects.pop(obj.id, None)
         extra = obj.extra
-        if obj.state == DONE and obj.value is None and (extra is None or extra.target is None):
+        stored = obj.state == DONE and obj.value is None and (extra is None or extra.target is None)
+        if stored:  # as `lies_in_store`, without a call
             self.frees.append(obj.id)
+            if isinstance(obj, Task):
+                self.let_go(obj)  # what it kept to run again
         if extra is not None:
             if extra.target is not None:
                 target_extra = extra.target.extra
@@ -540,15 +555,15 @@ class Graph:
 
     def is_grave(self, id: bytes) -> bool:
         """Whether an object of that id was released here not long ago."""
-        return id in self._graves[0] or id in self._graves[1]
+        return id in self.graves[0] or id in self.graves[1]
 
     def _bury(self, id: bytes) -> None:
-        young, _old = self._graves
+        young, _old = self.graves
         young[id] = None
-        if self._graves_turn_at is None:
-            self._graves_turn_at = self.now + self._lease_s
+        if self.graves_turn_at is None:
+            self.graves_turn_at = self.now + self._lease_s
         if len(young) > TOMBSTONES_MAX:
-            self._graves = ({}, young)
+            self.graves = ({}, young)
 
     def expire(self, now: float) -> None:
         """Time has passed: give up what nobody submitted, forget old releases."""
@@ -560,9 +575,9 @@ class Graph:
             text = f"nobody submitted this object within {self._unknown_object_s:g} s"
             failed = failures.make("ObjectLostError", text, reason=LostReason.NEVER_SUBMITTED.value)
             self.end(self.objects[id], LOST, None, 0, failed)
-        if self._graves_turn_at is not None and now >= self._graves_turn_at:
-            self._graves = ({}, self._graves[0])
-            self._graves_turn_at = now + self._lease_s if self._graves[1] else None
+        if self.graves_turn_at is not None and now >= self.graves_turn_at:
+            self.graves = ({}, self.graves[0])
+            self.graves_turn_at = now + self._lease_s if self.graves[1] else None
         self.settle()
 
     # --------------------------------------------------------------------------------------------- instructions

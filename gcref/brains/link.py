@@ -57,7 +57,8 @@ MISSED_HEARTBEATS: Final = 3
 """A link on which nothing was heard for so many periods is taken for dead."""
 
 ACCEPTED_PATIENCE: Final = 1.2
-"""The accepting side asks this much later, so that on an idle link only the dialling side asks."""
+"""The accepting side asks this much later, so that on an idle link only the dialling side asks; then it asks faster,
+so that both sides find out after `MISSED_HEARTBEATS` periods."""
 
 PYTHON: Final = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
@@ -158,9 +159,10 @@ class LinkState:
         if self.state != UP or self.carrier == "broker":
             # A mailbox takes everything; that nobody empties it says nothing about the mailbox.
             return NEVER
-        if self.beats:
-            return self.beat_at + heartbeat_s
-        return self.heard_at + (heartbeat_s if self.dialled else heartbeat_s * ACCEPTED_PATIENCE)
+        first = 1.0 if self.dialled else ACCEPTED_PATIENCE
+        if not self.beats:
+            return self.heard_at + heartbeat_s * first
+        return self.beat_at + heartbeat_s * (MISSED_HEARTBEATS - first) / (MISSED_HEARTBEATS - 1)
 
     def ping_frame(self, session: Session, now: float) -> bytes:
         """Write a PING, and remember what was sent before it."""

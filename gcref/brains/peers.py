@@ -318,8 +318,19 @@ class Peers:
         peer = self._peers.get(party)
         return (0, 0) if peer is None else (peer.session.peer_epoch, peer.session.taken)
 
-    def restore(self, party: bytes, kind: str, owner_key: bytes, epoch: int, taken: int) -> None:
-        """Remember, after a restart, what had been taken of a party's stream (`replay`, or a snapshot's `taken`)."""
+    def restore(self, party: bytes, kind: str, owner_key: bytes | None, epoch: int, taken: int) -> None:
+        """Remember, after a restart, what had been taken of a party's stream: before anything is handled.
+
+        Say it for the snapshot first and then for each frame of the journal, in order; the last word counts. A party
+        that was forgotten must not be restored, or it would take for remembered what is gone.
+
+        Args:
+            party: its id.
+            kind: `CLIENT` or `ENDPOINT`.
+            owner_key: the only key that it may show from now on, z85; None: any.
+            epoch: of its stream (`replay`, or a snapshot's `taken`).
+            taken: the last number that was taken of it.
+        """
         peer = self._peers.get(party) or self._new_peer(party)
         peer.kind = kind
         peer.owner_key = owner_key
@@ -429,8 +440,16 @@ class Peers:
                 out.append(AuthRefused(None, event.reason))
             return
         link = self._links.get(event.link)
-        if link is not None:
-            self._refused_by(link, event.reason or "the key was refused", event.now, out, event.ours)
+        if link is None:
+            return
+        reason = event.reason or "the key was refused"
+        if not event.ours and link.server_key is not None and link.server_key == link.peer.owner_key:
+            # It has shown this very key before: somebody on the way takes its connections while it is away.
+            link.attempts += 1
+            link.become(CONNECTING, event.now, reason)
+            self._choose(link.peer, reason, event.now, out)
+            return
+        self._refused_by(link, reason, event.now, out, event.ours)
 
     def _refused_by(
         self, link: LinkState, reason: str, now: float, out: list[Instruction], ours: bool = True
@@ -714,11 +733,11 @@ class Peers:
         link.role = role
         link.rtt_s = now - link.ping_at
         epoch = peer.session.epoch
-        if self._meet(peer, link, hello, now, out, answer=True):
-            if peer.session.epoch == epoch:
-                self._comes_up(link, now, out)
-            else:
-                self._greet(link, now)  # our stream began anew: that must be known before it flows
+        current = self._meet(peer, link, hello, now, out, answer=True)
+        if peer.session.epoch != epoch:
+            self._greet(link, now)  # our stream began anew: that must be known before it flows
+        elif current:
+            self._comes_up(link, now, out)
 
     def _judge(self, key: bytes | None, hello: Hello) -> tuple[Role | None, str]:
         """Say what a party may do, or why it may nothing."""
@@ -777,8 +796,11 @@ class Peers:
         """
         session = peer.session
         if hello.epoch < session.peer_epoch:
-            # Or its clock went back: our answer tells it the epoch that it must exceed.
+            # Or its clock went back: our answer tells it the epoch that it must exceed. Ours may have gone back too.
             self.counts["stale"] += 1
+            if hello.taken_epoch > session.epoch:
+                session.restart(hello.taken_epoch + 1)
+                self._began_anew(peer, link, now)
             return False
         anew = hello.epoch > session.peer_epoch
         if anew:

@@ -118,7 +118,8 @@ class Refused(NamedTuple):
     """The other side refused our key, its key is not the expected one, or (link None) we refused somebody's.
 
     Attributes:
-        link: a dialled link, which is to be hung up; None: an incoming connection.
+        link: a dialled link, which is to be hung up (until then the carrier goes on trying); None: an incoming
+            connection.
         now: seconds.
         reason: for people.
         key: the key that was refused here, z85, if it got so far.

@@ -20,10 +20,12 @@ Ends propagate by a work list, never by recursion; the cost of a task is linear 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from gcref.brains import recovery, snapshot
 from gcref.brains import resolver_events as ev
+from gcref.brains import resolver_facts as facts
 from gcref.brains.elsewhere import Elsewhere
 from gcref.brains.graph import REF_BYTES, Graph
 from gcref.brains.tasks import (
@@ -32,6 +34,7 @@ from gcref.brains.tasks import (
     DISPATCHED,
     DONE,
     FAILED,
+    LOST,
     NOBODY,
     READY,
     STATE_NAMES,
@@ -57,21 +60,22 @@ class Resolver:
         lease_s: how long released objects are remembered, seconds.
 
     Attributes:
+        me: the endpoint's id.
         objects: everything known here, by id; for looking only.
         functions: digests of the functions whose bytes are here.
     """
 
     def __init__(self, me: bytes, *, unknown_object_s: float, lease_s: float) -> None:
+        self.me = me
         self._graph = graph = Graph(me, unknown_object_s=unknown_object_s, lease_s=lease_s)
         self._elsewhere = elsewhere = Elsewhere(graph)
         self.objects = graph.objects
         self.counts = graph.counts
-        self.functions: set[bytes] = set()
-        self._fn_waiters: dict[bytes, list[Task]] = {}
+        self.functions = graph.functions
+        self._recovery = losses = recovery.Recovery(graph, elsewhere)
         self.resolve = graph.resolve
         self.may_read = graph.may_read
         self.token_of = graph.token_of
-        self.describe = graph.describe
         self.validate = graph.validate
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.Submitted: self._submitted,
@@ -89,8 +93,13 @@ class Resolver:
             ev.Pulled: elsewhere.pulled,
             ev.PullFailed: elsewhere.pull_failed,
             ev.Evicted: elsewhere.evicted,
-            ev.ArgumentGone: elsewhere.argument_gone,
             ev.HomeLost: elsewhere.home_lost,
+            ev.PullWaits: elsewhere.pull_waits,
+            ev.ArgumentGone: losses.argument_gone,
+            ev.BytesLost: losses.bytes_lost,
+            ev.HomeRestarted: losses.home_restarted,
+            ev.Reclaimed: self._reclaimed,
+            ev.Recovered: losses.recovered,
             ev.Tick: lambda event: graph.expire(event.now),
         }
 
@@ -98,6 +107,49 @@ class Resolver:
         """Take one event (a batch) and say what to do about it."""
         self._handlers[type(event)](event)
         return self._graph.collect()
+
+    def dump(self) -> Iterator[list[Any]]:
+        """Everything that is known here, as rows of plain values; to be exhausted before the next event."""
+        return snapshot.dump(self._graph)
+
+    def load(self, rows: Iterable[list[Any]], now: float) -> None:
+        """Take up what another resolver of this endpoint has dumped; before any event.
+
+        Args:
+            rows: of its `dump`, in their order.
+            now: monotonic seconds; what is left of waiting times counts from here.
+
+        Raises:
+            ValueError: these rows are not of this version, or of another endpoint.
+        """
+        snapshot.load(self._graph, rows, now)
+
+    def replay(self, event: Any) -> None:
+        """Take an event that a process before this one took; what is to be done about it was its affair.
+
+        Dispatch does not take part, so a result counts also for a task that nobody is seen to run.
+        """
+        if isinstance(event, ev.Finished):
+            for _seq, id, attempt, *_ in event.results:
+                task = self._graph.objects.get(id)
+                if (
+                    isinstance(task, Task)
+                    and task.state in (WAITING, READY)
+                    and task.attempt == attempt
+                    and id not in self._graph.unknown
+                    and not recovery.has_result(task)
+                ):
+                    task.state = DISPATCHED
+        self.handle(event)
+
+    def wanted_bytes(self) -> dict[bytes, tuple[int, int]]:
+        """What is counted on to be in the store: id → (attempt, size in bytes)."""
+        return recovery.wanted_bytes(self._graph)
+
+    def parties(self) -> set[bytes]:
+        """All parties that pin something."""
+        sets = {obj.pins for obj in self._graph.objects.values()}
+        return set().union(*sets)
 
     @property
     def deadline(self) -> float | None:
@@ -117,6 +169,14 @@ class Resolver:
         if not self._graph.may_read(obj, who, token):
             raise PermissionError("no right to read this object")
         return self._graph.resolve(obj)
+
+    def explain(self, id: bytes, who: ev.Who, now: float) -> list[facts.Node]:
+        """What may be told to `who` of an object and of what it waits for; see `resolver_facts`."""
+        return facts.explain(self._graph, id, who, self.functions, now)
+
+    def describe(self) -> dict[str, Any]:
+        """The table at a glance, in plain values; bounded in time and size."""
+        return facts.overview(self._graph)
 
     # -------------------------------------------------------------------------------------------------- submits
 
@@ -197,7 +257,7 @@ class Resolver:
             return
         missing = 0
         if task.fn is not None and task.fn not in self.functions:
-            self._fn_waiters.setdefault(task.fn, []).append(task)
+            self._graph.fn_waiters.setdefault(task.fn, []).append(task)
             missing += 1
         if passed is not None:
             task.passed = tuple(
@@ -226,7 +286,7 @@ class Resolver:
     def _functions_known(self, event: ev.FunctionsKnown) -> None:
         for digest in event.digests:
             self.functions.add(digest)
-            for task in self._fn_waiters.pop(digest, ()):
+            for task in self._graph.fn_waiters.pop(digest, ()):
                 self._graph.arrived(task)
         self._graph.settle()
 
@@ -321,25 +381,29 @@ class Resolver:
                 obj.pins = pins - only
             else:
                 continue
-            if endpoint and obj.state == DONE:
+            if endpoint and (
+                obj.state in (DONE, LOST) or obj.attempt > 1
+            ):  # it may keep the bytes of some attempt
                 obj.extra = obj.extra or Extra()
                 obj.extra.cachers = (obj.extra.cachers or set()) | {party}
             if not obj.pins and obj.holds == 0:
                 self._graph.garbage.append(obj)
         self._graph.settle()
 
+    def _reclaimed(self, event: ev.Reclaimed) -> None:
+        fallen = self._recovery.reclaimed(event)
+        if fallen:
+            self._unsubscribed(ev.Unsubscribed(event.who, fallen))
+
     def _attached(self, event: ev.Attached) -> None:
-        who, group = event.who, self._graph.groups.get(event.group)
-        if group is None or (group.owner != who.owner and who.role != "worker"):
-            self._graph.out.append(ev.Tasks(who.party, event.group, b"", []))
-            return
-        tasks = self._graph.tasks_of(event.group)
+        who = event.who
+        # Not by the group's name in the table: that is the latest submitter's, whose tasks may all be released.
+        tasks = [task for task in self._graph.tasks_of(event.group) if self._graph.may_read(task, who, None)]
+        secret = next((task.group.secret for task in tasks if task.group is not None), b"")
         told = [[task.id, STATE_NAMES[task.state]] for task in tasks]
-        self._graph.out.append(ev.Tasks(who.party, event.group, group.secret, told))
-        for task in tasks:
+        self._graph.out.append(ev.Tasks(who.party, event.group, secret, told))
+        for task in tasks:  # pinned until it subscribes or lets go: a SUBSCRIBE is answered with the outcome
             task.pins |= {who.party}
-            if task.state >= DONE:
-                self._graph.tell((who.party,), self._graph.item(task))
 
     def _party_gone(self, event: ev.PartyGone) -> None:
         party = event.party
@@ -430,12 +494,12 @@ class Resolver:
         if status == m.FAILED:
             self._graph.end(task, FAILED, None, 0, value)
         elif status == m.ALIAS:
-            task.missing = 1  # the target; it never becomes runnable again
+            task.missing += 1  # the target; it never becomes runnable again
             self._graph.alias(task, value)
         else:
             inline = value if status == m.OK else None
             size = len(value) if status == m.OK else value[1]
-            task.missing = 1  # until its outcome is told; it never becomes runnable again
+            task.missing += 1  # until its outcome is told; it never becomes runnable again
             owner = task.group.owner if task.group is not None else b""
             self._graph.done(task, inline, size, refs, ev.Who(b"", "worker", owner, "client"))
 
@@ -445,6 +509,7 @@ class Resolver:
                 continue
             task.state = WAITING
             if event.retry and task.attempt <= task.options.retries:
+                recovery.note_failed_attempt(task, event.failure)
                 task.attempt += 1
                 if task.missing == 0:  # else it was sent ahead of an argument, and waits for that again
                     self._graph.runnable(task)

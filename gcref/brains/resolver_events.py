@@ -113,10 +113,21 @@ class Pulled(NamedTuple):
 
 
 class PullFailed(NamedTuple):
-    """The bytes of this object could not be had."""
+    """The bytes of this object could not be had; `attempt` is the one that was asked for (None: the one that is known)."""
 
     id: bytes
     failure: list[Any]
+    attempt: int | None = None
+
+
+class PullWaits(NamedTuple):
+    """The home does not have the bytes of this attempt any more: what it says next of the object is awaited.
+
+    When it stays silent for too long, a `PullFailed` with the same attempt ends the wait.
+    """
+
+    id: bytes
+    attempt: int
 
 
 class Cancelled(NamedTuple):
@@ -156,6 +167,40 @@ class Attached(NamedTuple):
 
     who: Who
     group: bytes
+
+
+class Reclaimed(NamedTuple):
+    """PINS: a restarted endpoint pins exactly these objects of this home; with `more`, the list goes on in the next one."""
+
+    who: Who
+    ids: list[bytes]
+    more: bool
+
+
+class HomeRestarted(NamedTuple):
+    """An endpoint has a new process that knows what the old one knew; what the old one was still to say may be lost."""
+
+    home: bytes
+
+
+class BytesLost(NamedTuple):
+    """The store does not have these bytes any more: (id, reason), a value of `LostReason` (bytes_lost, corrupt)."""
+
+    items: list[tuple[bytes, str]]
+
+
+class Recovered(NamedTuple):
+    """This process has taken up what the one before it knew (`load`, `replay`); now it looks at what is left in the world.
+
+    Attributes:
+        running: task id → number of the adopted worker that is running its present attempt.
+        stored: object id → (attempt, size in bytes) of what the store really has.
+        now: monotonic seconds of this process.
+    """
+
+    running: dict[bytes, int]
+    stored: dict[bytes, tuple[int, int]]
+    now: float
 
 
 class Tick(NamedTuple):
@@ -205,6 +250,14 @@ class Unsubscribe(NamedTuple):
 
     home: bytes
     ids: list[bytes]
+
+
+class Pins(NamedTuple):
+    """Send PINS to the home, before any SUBSCRIBE of the same event; with `more`, the list goes on in the next one."""
+
+    home: bytes
+    ids: list[bytes]
+    more: bool
 
 
 class Forget(NamedTuple):
@@ -287,6 +340,7 @@ Instruction = (
     | NotifyLater
     | Subscribe
     | Unsubscribe
+    | Pins
     | Forget
     | Relay
     | NeedFunctions

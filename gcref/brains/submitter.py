@@ -15,7 +15,8 @@ Rules that hold after every event (`validate` checks them):
   is unsubscribed, once;
 * the futures of a task's arguments are kept until the task has ended;
 * a function is sent to a peer before the first task that calls it;
-* while a peer that has unfinished entries cannot be reached, there is a deadline.
+* while a peer that has unfinished entries cannot be reached, there is a deadline;
+* what a peer was asked and has not answered, its next process is asked again.
 
 Holders (weak references to futures), requests and arguments are opaque here: they are handed in, kept and handed out.
 """
@@ -69,21 +70,23 @@ EXPLAIN_WAIT_S: Final = 1.0
 class _Cancel:
     """A cancel request that waits for answers."""
 
-    __slots__ = ("answers", "deadline", "ids", "missing", "request")
+    __slots__ = ("answers", "deadline", "force", "ids", "missing", "request")
 
-    def __init__(self, request: Any, ids: list[bytes], deadline: float) -> None:
+    def __init__(self, request: Any, ids: list[bytes], force: bool, deadline: float) -> None:
         self.request = request
         self.ids = ids
+        self.force = force
         self.answers: dict[bytes, bool] = {}
         self.missing = 0
         self.deadline = deadline
 
 
 class _Question(NamedTuple):
-    """Something that a peer was asked."""
+    """Something that a peer was asked: by `message`, which is said again to a new process of it."""
 
     request: Any
     peer: Peer
+    message: list[Any]
     deadline: float
 
 
@@ -103,6 +106,7 @@ class Submitter:
         self._relay = relay
         self._endpoint_lost_s = endpoint_lost_s
         self._cancels: list[_Cancel] = []
+        self._answered: set[bytes] = set()  # groups whose tasks came with the present event
         self._explains: dict[int, _Question] = {}
         self._attaches: dict[bytes, list[_Question]] = {}
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -140,6 +144,7 @@ class Submitter:
         self._out: list[ev.Instruction] = []
         self._ends: list[tuple[Any, str, bool, Any, list[Any] | None]] = []
         self._unsubscribe: dict[bytes, list[bytes]] = {}
+        self._renewed: list[tuple[Any, int, Any, int]] = []
 
     # --------------------------------------------------------------------------------------------------- outside
 
@@ -171,6 +176,9 @@ class Submitter:
             # Before all else: whoever hears that a lane is idle finds its futures done.
             out.insert(0, ev.Settle(self._ends))
             self._ends = []
+        if self._renewed:
+            out.append(ev.Renewed(self._renewed))
+            self._renewed = []
         if self._unsubscribe:
             for peer, gone in self._unsubscribe.items():
                 out.append(ev.Send(peer, [m.UNSUBSCRIBE, b"".join(gone)]))
@@ -231,6 +239,7 @@ class Submitter:
                 entry.extra = Extra(token)
             if lane is not None:
                 lane.root.open += 1
+                entry.pinned = True  # by the ATTACH that has told of it
             self._subscribe(entry)
 
     def _subscribe(self, entry: Entry) -> None:
@@ -291,7 +300,7 @@ class Submitter:
         return target if target.users == 0 and (target.state == ENDED or target.lane is None) else None
 
     def _cancel_asked(self, event: ev.CancelAsked) -> None:
-        cancel = _Cancel(event.request, event.ids, event.now + config.CANCEL_WAIT_S)
+        cancel = _Cancel(event.request, event.ids, event.force, event.now + config.CANCEL_WAIT_S)
         ask: dict[bytes, list[bytes]] = {}
         for id in dict.fromkeys(event.ids):
             entry = self.entries.get(id)
@@ -322,13 +331,18 @@ class Submitter:
         if entry is None or entry.peer.state != UP:
             self._out.append(ev.Answer(event.request, None))
             return
-        self._explains[event.number] = _Question(event.request, entry.peer, event.now + EXPLAIN_WAIT_S)
-        self._out.append(ev.Send(entry.peer.id, [m.EXPLAIN, event.number, b"".join(event.ids)]))
+        message = [m.EXPLAIN, event.number, b"".join(event.ids)]
+        self._explains[event.number] = _Question(
+            event.request, entry.peer, message, event.now + EXPLAIN_WAIT_S
+        )
+        self._out.append(ev.Send(entry.peer.id, message))
 
     def _attach_asked(self, event: ev.AttachAsked) -> None:
         peer = self._peer(self._relay or event.home, event.now)
-        self._attaches.setdefault(event.group, []).append(_Question(event.request, peer, event.deadline))
-        self._out.append(ev.Send(peer.id, [m.ATTACH, event.group]))
+        message = [m.ATTACH, event.group]
+        question = _Question(event.request, peer, message, event.deadline)
+        self._attaches.setdefault(event.group, []).append(question)
+        self._out.append(ev.Send(peer.id, message))
 
     def _leaving(self, event: ev.Leaving) -> None:
         for entry in list(self.entries.values()):
@@ -445,6 +459,7 @@ class Submitter:
         if peer is None:
             return
         self._now = event.now
+        self._answered.clear()
         for message in event.messages:
             reader = self._readers.get(message[0])
             if reader is not None:
@@ -456,6 +471,8 @@ class Submitter:
             id, status, value, attempt, record = item if len(item) == 5 else item[:5]
             entry = entries.get(id)
             if entry is None or entry.state == ENDED:
+                if attempt > 1 and entry is not None and status in (ok, m.STORED):
+                    self._renew(entry, status, value, attempt)
                 continue
             lane = entry.lane
             if status == ok and entry.extra is None and lane is not None and entry.state != UNSENT:
@@ -473,6 +490,18 @@ class Submitter:
                     self._release(entry)
                 continue
             self._take(entry, status, value, attempt, record)
+
+    def _renew(self, entry: Entry, status: int, value: Any, attempt: int) -> None:
+        """Its home has run a task again that had ended, because the bytes were lost: who has not fetched them may now."""
+        told = [entry] + [
+            alias
+            for alias in self.entries.values()
+            if alias.extra is not None and alias.extra.target is entry and alias.state == ENDED
+        ]
+        for one in told:
+            for holder in one.holder if type(one.holder) is list else (one.holder,):
+                if holder is not None:
+                    self._renewed.append((holder, status, value, attempt))
 
     def _take(self, entry: Entry, status: int, value: Any, attempt: int, record: list[Any] | None) -> None:
         if status == m.OK:
@@ -601,10 +630,16 @@ class Submitter:
         for question in self._attaches.pop(group, ()):
             if question.peer is peer:
                 self._out.append(ev.Answer(question.request, [secret, items]))
+                self._answered.add(group)
             else:
                 kept.append(question)
         if kept:
             self._attaches[group] = kept
+        if group not in self._answered:
+            # Said twice, or too late: nobody here wants what the ATTACH has pinned.
+            strays = [item[0] for item in items if item[0] not in self.entries]
+            if strays:
+                self._out.append(ev.Send(peer.id, [m.UNSUBSCRIBE, b"".join(strays)]))
 
     def _explained(self, peer: Peer, message: list[Any]) -> None:
         question = self._explains.get(message[1])
@@ -634,10 +669,23 @@ class Submitter:
         peer.trouble = ""
         peer.failure = None
         peer.give_up_at = NEVER
-        if event.fresh:
-            peer.functions.clear()
+        if event.fresh and peer.met:
+            self._ask_again(peer)
+        peer.met = True
         if not peer.full:
             self._flush(peer)
+
+    def _ask_again(self, peer: Peer) -> None:
+        """A new process of the peer: answers of the old one may be lost, and questions have no place in its journal."""
+        for questions in (self._explains.values(), *self._attaches.values()):
+            self._out += [ev.Send(peer.id, asked.message) for asked in questions if asked.peer is peer]
+        again: dict[bool, list[bytes]] = {}
+        for entry in self.entries.values():
+            if entry.peer is peer and entry.state in (SENT, RUNNING) and entry.extra and entry.extra.cancels:
+                force = any(cancel.force for cancel in entry.extra.cancels)
+                again.setdefault(force, []).append(entry.id)
+        for force, asked_for in again.items():
+            self._out.append(ev.Send(peer.id, [m.CANCEL, b"".join(asked_for), force]))
 
     def _peer_full(self, event: ev.PeerFull) -> None:
         peer = self.peers.get(event.peer)
@@ -693,7 +741,7 @@ class Submitter:
     def _peer_failed(self, event: ev.PeerFailed) -> None:
         peer = self.peers.get(event.peer)
         if peer is not None:
-            self._give_up(peer, event.failure)
+            self._give_up(peer, event.failure, for_good=True)
 
     def _peer_seen(self, event: ev.PeerSeen) -> None:
         peer = self.peers.get(event.peer)
@@ -701,19 +749,28 @@ class Submitter:
             return
         peer.trouble = event.text or peer.trouble
         tired = peer.state == CONNECTING and event.now - peer.since >= NOT_RUNNING_S
-        if event.seen == SEEN_GONE or (event.seen == SEEN_STOPPED and tired):
+        if event.seen == SEEN_GONE:
+            self._give_up(peer, self._lost(peer, event.text), for_good=True)
+        elif event.seen == SEEN_STOPPED and tired:
             self._give_up(peer, self._lost(peer, event.text))
 
     def _lost(self, peer: Peer, text: str) -> list[Any]:
         return failures.make("EndpointLostError", text, endpoint_id=ids.text(peer.id))
 
-    def _give_up(self, peer: Peer, failure: list[Any]) -> None:
+    def _give_up(self, peer: Peer, failure: list[Any], *, for_good: bool = False) -> None:
         peer.state = APART
         peer.failure = failure
         peer.functions.clear()
         self._out.append(ev.Leave(peer.id))
-        self._fail(peer, failure, lambda entry: True)
         peer.outbox.clear()
+        if not for_good:
+            # Should we meet again: it may have some of them, and others there may wait for those that never came.
+            for entry in self.entries.values():
+                if entry.peer is peer and entry.lane is not None and entry.state != ENDED:
+                    entry.extra = entry.extra or Extra()
+                    entry.extra.revoked = True
+                    peer.outbox.append(entry)
+        self._fail(peer, failure, lambda entry: True)
         for group, questions in list(self._attaches.items()):
             kept = [question for question in questions if question.peer is not peer]
             for question in questions:

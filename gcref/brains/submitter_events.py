@@ -120,7 +120,7 @@ class Heard(NamedTuple):
 
 
 class PeerUp(NamedTuple):
-    """A peer can be spoken to. `fresh`: it does not know what it was told in an earlier session."""
+    """A peer can be spoken to. `fresh`: by a process of it that is new to us; it knows what the one before had taken."""
 
     peer: bytes
     fresh: bool
@@ -201,6 +201,15 @@ class Settle(NamedTuple):
     ends: list[tuple[Any, str, bool, Any, list[Any] | None]]
 
 
+class Renewed(NamedTuple):
+    """The bytes of these were made once more by a later attempt: (holder, OK or STORED, blob or size, attempt).
+
+    Who has the value keeps it; who has not fetched it yet takes it from that attempt.
+    """
+
+    items: list[tuple[Any, int, Any, int]]
+
+
 class Running(NamedTuple):
     """The tasks of these holders run."""
 
@@ -250,4 +259,4 @@ class Uploaded(NamedTuple):
     ids: list[bytes]
 
 
-Instruction = Send | Settle | Running | Answer | Reach | Leave | Look | Idle | Uploaded
+Instruction = Send | Settle | Renewed | Running | Answer | Reach | Leave | Look | Idle | Uploaded

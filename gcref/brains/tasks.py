@@ -64,12 +64,15 @@ class Extra:
         at_home: it is done at its home; its bytes (`size`) are not here.
         pulling: its bytes are on their way.
         cachers: parties that keep a copy without a pin.
-        target: the object that this one is an alias of; its 48-byte reference is `target_ref`.
+        target: the object that this one is an alias of.
         aliases: objects that are aliases of this one.
         awaited_by: objects whose outcome waits until our pin on this one is confirmed.
         unconfirmed: how many pins this object's own outcome waits for; `deferred` is that outcome.
         claims: (who, token) of those that subscribed before the object's SUBMIT came.
         relay: what to send to the home once the argument blob is here.
+        unsaid: the SUBMIT (its shared head, the task) or OFFER that was relayed to the home, until it has answered.
+        newer: the home's latest OUTCOME item, when it is of a later attempt than the bytes that are here.
+        tries: why each failed attempt failed, one line each.
         moved: (carrier, bytes) of its way here, until a task's record has counted it.
     """
 
@@ -82,14 +85,16 @@ class Extra:
         "confirmed",
         "deferred",
         "moved",
+        "newer",
         "pulling",
         "relay",
         "submitted",
         "subscribed",
         "target",
-        "target_ref",
         "token",
+        "tries",
         "unconfirmed",
+        "unsaid",
     )
 
     def __init__(self, token: bytes = b"") -> None:
@@ -101,7 +106,6 @@ class Extra:
         self.pulling = False
         self.cachers: set[bytes] | None = None
         self.target: Obj | None = None
-        self.target_ref = b""
         self.aliases: list[Obj] | None = None
         self.awaited_by: list[Obj] | None = None
         self.unconfirmed = 0
@@ -109,6 +113,9 @@ class Extra:
         self.claims: list[tuple[Any, bytes]] | None = None
         self.relay: list[Any] | None = None
         self.moved: tuple[str, int] | None = None
+        self.unsaid: tuple[list[Any], list[Any]] | None = None
+        self.newer: list[Any] | None = None
+        self.tries: list[str] | None = None
 
 
 class Obj:
@@ -169,7 +176,8 @@ class Task(Obj):
 
     Attributes:
         fn: digest of the function, or None when it travels inside the payload.
-        payload: the argument blob, when small; else None.
+        payload: the argument blob, when small; else None. What is needed to run it (payload, args, deps) goes when it ends,
+            except where the bytes of its result could be lost and there are retries left.
         args: the object that holds the argument blob, when it is large.
         deps: the objects whose values are arguments, in the order of their indices.
         missing: how many of `deps`, `args` and the function are not here yet.

@@ -170,6 +170,10 @@ class Transfers:
         self._handlers[type(event)](event, out)
         return out
 
+    def pulls(self) -> list[bytes]:
+        """What is being pulled; any thread may ask."""
+        return list(self._pulls)
+
     def progress(self, id: bytes) -> tuple[int, int, str | None] | None:
         """Bytes here, bytes in all, and the carrier that would be asked next; None: no such pull."""
         pull = self._pulls.get(id)

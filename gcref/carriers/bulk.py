@@ -35,11 +35,8 @@ and windows from 4 to 16 MiB made no difference.
 from __future__ import annotations
 
 import logging
-import os
-import select
 import threading
 import time
-import weakref
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
@@ -50,8 +47,9 @@ from gcref.brains import transfer_events as ev
 from gcref.brains.transfer import RANGE_TIMEOUT_S, Transfers, checksum
 from gcref.carriers.bulk_link import BulkIdentity, Down, Link, Message, Requester, Unreached, Up, write_header
 from gcref.carriers.bulk_links import Links
+from gcref.carriers.bulk_outbox import Outbox, Waker
 from gcref.carriers.bulk_ports import Completion, Provider, Pulled, PullFailed, Reading, Sink, Writable
-from gcref.config import ENDPOINT_LOST_S, MAX_MESSAGE_BYTES
+from gcref.config import ENDPOINT_LOST_S, HEARTBEAT_S, MAX_MESSAGE_BYTES
 from gcref.errors import AuthError
 from gcref.wire.messages import (
     CHUNK,
@@ -67,7 +65,9 @@ from gcref.wire.messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
+
+    from gcref.brains.peers_events import Candidate
 
 __all__ = [
     "MODE_BYTES", "MODE_INTO", "MODE_PATH", "BulkIdentity", "BulkThread", "Completion", "Provider", "PullFailed",
@@ -78,8 +78,6 @@ log = logging.getLogger(__name__)
 
 _COPY_BELOW_BYTES: Final = 64 * 1024
 """Smaller ranges are copied for the send: that costs less than a message of the garbage collector's thread."""
-
-_LAST_RELEASE_S: Final = 2.0
 
 
 class BulkThread:
@@ -94,6 +92,7 @@ class BulkThread:
             each time: it may be a live mapping that others change.
         range_timeout_s: patience with one range, in seconds.
         no_link_s: how long a pull waits for a link to its source, in seconds.
+        heartbeat_s: silence after which a link is asked for a sign of life, seconds.
 
     Attributes:
         completions: what has ended and was not taken yet.
@@ -109,6 +108,7 @@ class BulkThread:
         allowed: Mapping[bytes, str] | None = None,
         range_timeout_s: float = RANGE_TIMEOUT_S,
         no_link_s: float = ENDPOINT_LOST_S,
+        heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
         self.completions: deque[Completion] = deque()
         self._provider = provider
@@ -116,14 +116,17 @@ class BulkThread:
         self._wake_control = wake
         self._brain = Transfers(range_timeout_s=range_timeout_s, no_link_s=no_link_s)
         self._links = Links(
-            me, {} if allowed is None else allowed, partial(self._guarded, self._take_link_event)
+            me,
+            {} if allowed is None else allowed,
+            partial(self._guarded, self._take_link_event),
+            heartbeat_s=heartbeat_s,
         )
         self._by_number: dict[int, Link] = {}
         self._writables: dict[bytes, Writable] = {}
         self._causes: dict[bytes, BaseException] = {}
         self._sent: dict[tuple[bytes, str], int] = {}
-        self._waker = _Waker()
-        self._outbox = _Outbox(self._waker.wake)
+        self._waker = Waker()
+        self._outbox = Outbox(self._waker.wake)
         self._commands: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._closing = self._ended = False
         self._thread = threading.Thread(target=self._run, name="gcref-bulk", daemon=True)
@@ -172,6 +175,18 @@ class BulkThread:
             role: what that party may do over this link; None: as the list says, else `peer`.
         """
         self._command(self._links.connect, party, address, server_key, carrier, role)
+
+    def reach(self, party: bytes, ways: Sequence[Candidate], role: str | None = None) -> None:
+        """Dial a party at all these addresses, and at no others any more; what is unchanged stays as it is.
+
+        Pulls that are under way go on where they were, over whichever link answers.
+
+        Args:
+            party: who must answer there.
+            ways: carrier, address and key of each, as in `connect`.
+            role: as in `connect`.
+        """
+        self._command(self._links.reach, party, tuple(ways), role)
 
     def disconnect(self, party: bytes) -> None:
         """End the links with a party. Its pulls wait for another one, or to be cancelled."""
@@ -230,6 +245,10 @@ class BulkThread:
     def progress(self, id: bytes) -> tuple[int, int, str | None] | None:
         """Bytes here, bytes in all, and the carrier in use, of a pull that has not ended; else None."""
         return self._brain.progress(id)
+
+    def pulls(self) -> list[bytes]:
+        """The objects whose pulls have not ended."""
+        return self._brain.pulls()
 
     def describe(self, party: bytes) -> list[dict[str, Any]]:
         """The links to a party: carrier, address, state, since when (unix seconds), last error."""
@@ -495,94 +514,3 @@ def _code_of(error: Exception, mode: int) -> int:
     if mode != MODE_BYTES and isinstance(error, OSError | NotImplementedError):
         return WAY_CLOSED
     return SOURCE_FAILED
-
-
-class _Outbox:
-    """Readings whose bytes ZeroMQ still holds.
-
-    pyzmq drops its reference to a buffer, on a thread of its own, when libzmq has let go of the message. The buffer
-    handed to it is a view made for that one send, so the death of the view is the end of the send. A weak reference
-    notices that; a MessageTracker would have to be asked again and again.
-
-    Args:
-        wake: brings the owning thread to call `release`. Called on any thread.
-    """
-
-    def __init__(self, wake: Callable[[], None]) -> None:
-        self._kept: dict[int, tuple[weakref.ref[memoryview], Reading]] = {}
-        self._gone: deque[int] = deque()
-        self._wake = wake
-        self._next = 0
-
-    def keep(self, view: memoryview, reading: Reading) -> None:
-        """Release the reading when the view is gone. The caller drops the view after the send."""
-        number = self._next = self._next + 1
-        gone, wake = self._gone, self._wake
-
-        def note(_: weakref.ref[memoryview]) -> None:
-            gone.append(number)
-            wake()
-
-        self._kept[number] = (weakref.ref(view, note), reading)
-
-    def release(self) -> None:
-        """Release what has been sent."""
-        while self._gone:
-            _, reading = self._kept.pop(self._gone.popleft())
-            try:
-                reading.release()
-            except Exception:
-                log.exception("bulk: releasing a buffer failed")
-
-    def close(self, waker: _Waker) -> None:
-        """Release everything: the sockets are closed, so that the last views go within milliseconds."""
-        until = time.monotonic() + _LAST_RELEASE_S
-        self.release()
-        while self._kept and time.monotonic() < until:
-            waker.wait(until - time.monotonic())
-            self.release()
-        self._gone.extend(self._kept)
-        self.release()
-
-
-class _Waker:
-    """A descriptor that wakes the thread that polls it. `wake` is cheap when a wake-up is under way already."""
-
-    def __init__(self) -> None:
-        self._pending = False
-        self._closed = False
-        self._lock = threading.Lock()
-        if hasattr(os, "eventfd"):
-            self.descriptor = self._write_end = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        else:
-            self.descriptor, self._write_end = os.pipe()
-            os.set_blocking(self.descriptor, False)
-
-    def wake(self) -> None:
-        """Any thread may call it, also after `close`."""
-        if self._pending:
-            return
-        with self._lock:  # against `close`: the number of a closed descriptor may be somebody else's by now
-            if not self._closed:
-                self._pending = True
-                os.write(self._write_end, b"\1\0\0\0\0\0\0\0")
-
-    def clear(self) -> None:
-        """Take the wake-up. To be called before looking at what it is about."""
-        try:
-            os.read(self.descriptor, 8)
-        except BlockingIOError:
-            pass
-        self._pending = False
-
-    def wait(self, timeout_s: float) -> None:
-        """Wait for a wake-up and take it."""
-        if select.select((self.descriptor,), (), (), max(0.0, timeout_s))[0]:
-            self.clear()
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            os.close(self.descriptor)
-            if self._write_end != self.descriptor:
-                os.close(self._write_end)

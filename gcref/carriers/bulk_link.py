@@ -98,12 +98,15 @@ class Link:
         wanted_key: the key that was given with `connect`.
         role: their role, when it was given with `connect`; None: the list decides.
         is_up: HELLOs have been exchanged.
+        was_up: whoever is there has proven once that he is whom we want.
+        retry_at: when it is dialled again after a handshake failed; None: no need to.
+        retry_s: how long the last such wait was; 0: there was none since it was up.
         state: in a word, for people; `error` is the last trouble, `since` the unix time of the last change.
     """
 
     __slots__ = (
         "number", "party", "kind", "carrier", "address", "key", "wanted_key", "role", "is_up", "state", "error",
-        "since", "socket", "monitor", "routing", "retry_at",
+        "since", "socket", "monitor", "routing", "retry_at", "retry_s", "was_up",
     )  # fmt: skip
 
     def __init__(self, number: int, party: bytes, carrier: str, address: str, key: bytes | None) -> None:
@@ -123,6 +126,8 @@ class Link:
         self.monitor: Socket | None = None
         self.routing: bytes | None = None
         self.retry_at: float | None = None
+        self.retry_s = 0.0
+        self.was_up = False
 
     def send(self, header: bytes, data: Any = None, *, copy: bool = True) -> bool:
         """Send a message now, or not at all. Returns whether it went. Of an unconnected link nothing is queued.

@@ -10,6 +10,9 @@ Rules:
     - Over TCP the key in a HELLO is the key of the CURVE handshake, or the HELLO is dropped. Whom we dial must say that
       he is whom we wanted. Over ipc there is no proof beyond the folder, which only this user can enter.
     - A dialled socket queues nothing while it is not connected (IMMEDIATE), and reconnects by itself.
+    - A process that is stopped, or a network that swallows everything, says no good-bye: where nothing comes for
+      `MISSED_HEARTBEATS` periods, not even the answer to a PING of ZeroMQ's own, the connection is ended. Its I/O
+      threads do that, so a process that computes is not taken for a stopped one.
     - Ends of connections come from the sockets' monitors. ZeroMQ numbers what a ROUTER accepted by descriptor there,
       and descriptors are used again: so the monitor is always read to its end before a HELLO is taken.
 """
@@ -27,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 import zmq
 
 from gcref import ids
+from gcref.brains.link import MISSED_HEARTBEATS
 from gcref.carriers.bulk_link import (
     HEADER_MAX_BYTES,
     BulkIdentity,
@@ -43,12 +47,14 @@ from gcref.carriers.bulk_link import (
 )
 from gcref.carriers.monitor import parse_event
 from gcref.carriers.zap import Zap
-from gcref.config import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+from gcref.config import HEARTBEAT_S, MAX_MESSAGE_BYTES, PROTOCOL_VERSION
 from gcref.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from gcref.wire.messages import BULK_HELLO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from gcref.brains.peers_events import Candidate
 
 
 log = logging.getLogger(__name__)
@@ -59,8 +65,17 @@ HIGH_WATER: Final = 1024
 REFUSED_RETRY_S: Final = 15.0
 """How long after a refused handshake the same address is tried again: keys are allowed by people."""
 
+BROKEN_RETRY_S: Final = 0.5
+"""How long after a handshake that was broken off the address is tried again; doubles, up to `REFUSED_RETRY_S` for an
+address where we have never got in, else up to `BROKEN_RETRY_MAX_S`."""
+
+BROKEN_RETRY_MAX_S: Final = 4.0
+
 _RECONNECT_MS: Final = 50
 _RECONNECT_MAX_MS: Final = 5000
+_HANDSHAKE_MS: Final = 10_000
+"""How long the other side may take to shake hands, milliseconds: a stopped process takes connections, and is silent."""
+
 _DRAIN: Final = 32
 _DRAIN_BYTES: Final = 4 * 1024 * 1024
 """What is taken from one socket before others, and commands, get their turn: messages, or bytes."""
@@ -94,12 +109,19 @@ class Links:
         allowed: role by owner key (z85), of those who may come in over TCP.
         report: is told what happens, at once: messages are large, and the next one may use the memory of the last.
             It must not raise.
+        heartbeat_s: silence after which a connection is asked for a sign of life, seconds.
     """
 
     def __init__(
-        self, me: BulkIdentity, allowed: Mapping[bytes, str], report: Callable[[LinkEvent], None]
+        self,
+        me: BulkIdentity,
+        allowed: Mapping[bytes, str],
+        report: Callable[[LinkEvent], None],
+        *,
+        heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
         self._me = me
+        self._heartbeat_ms = math.ceil(heartbeat_s * 1000)
         self._context: zmq.Context[Socket] = zmq.Context(io_threads=1)
         self._zap = Zap(self._context, allowed)
         self._poller = zmq.Poller()
@@ -213,6 +235,16 @@ class Links:
         self._dialled[party, address] = link
         self._dial(link)
 
+    def reach(self, party: bytes, ways: Sequence[Candidate], role: str | None) -> None:
+        """Dial a party at these addresses, and at no others any more."""
+        valid = {address for _, address, _ in ways}
+        for link in [link for link in self._dialled.values() if link.party == party]:
+            if link.address not in valid:
+                del self._dialled[party, link.address]
+                self._hang_up(link, "its address is no longer valid")
+        for carrier, address, server_key in ways:
+            self.connect(party, address, server_key, carrier, role)
+
     def disconnect(self, party: bytes, reason: str = "disconnected") -> None:
         """Forget a party: end what we dialled, and do not use what it dialled."""
         for link in [link for link in self._dialled.values() if link.party == party]:
@@ -263,6 +295,9 @@ class Links:
         socket.maxmsgsize = MAX_MESSAGE_BYTES + HEADER_MAX_BYTES
         socket.tcp_keepalive = 1
         socket.tcp_keepalive_idle = 60
+        socket.heartbeat_ivl = self._heartbeat_ms
+        socket.heartbeat_timeout = (MISSED_HEARTBEATS - 1) * self._heartbeat_ms
+        socket.handshake_ivl = max(_HANDSHAKE_MS, MISSED_HEARTBEATS * self._heartbeat_ms)
         return socket
 
     def _dial(self, link: Link) -> None:
@@ -313,7 +348,8 @@ class Links:
             )
 
     def _set_up(self, link: Link) -> None:
-        link.is_up = True
+        link.is_up = link.was_up = True
+        link.retry_s = 0.0
         link.become("up")
         self._report(Up(link))
         log.info("bulk link up: %s %s %s", ids.text(link.party), link.carrier, link.address)
@@ -344,15 +380,21 @@ class Links:
     def _refused(self, link: Link, by_key: bool, value: int) -> None:
         # Closed, not left to reconnect: ZeroMQ would shake hands ten times a second, for ever.
         self._hang_up(link, "refused")
+        patience_s = REFUSED_RETRY_S
         if by_key:
             reason = f"our key was refused at {link.address}"
         else:
+            # Or somebody on the way takes connections for one who is away, and may be back soon.
+            patience_s = min(
+                max(2 * link.retry_s, BROKEN_RETRY_S), BROKEN_RETRY_MAX_S if link.was_up else patience_s
+            )
             reason = (
                 f"the handshake with {link.address} failed (code {value}): another key, or no gcref there"
             )
         link.become("refused", reason)
-        link.retry_at = time.monotonic() + REFUSED_RETRY_S
-        self._report(Unreached(link, reason, refused=True))
+        link.retry_s = patience_s
+        link.retry_at = time.monotonic() + patience_s
+        self._report(Unreached(link, reason, refused=by_key or not link.was_up))
         log.warning("bulk: %s", reason)
 
     def _read_listener_monitor(self, listener: Listener) -> None:

@@ -36,10 +36,11 @@ import zmq
 from gcref.brains.peers_events import Link, LinkDown, LinkUp, PacketIn, Refused
 from gcref.carriers.base import CarrierEvent, FdReady
 from gcref.carriers.keys import KeyPair
+from gcref.carriers.listening import bind_failed, cannot_listen
 from gcref.carriers.monitor import FAILED, Monitor
+from gcref.carriers.probe import Probe
 from gcref.carriers.zap import Zap
 from gcref.config import SOCKET_PATH_MAX_BYTES
-from gcref.errors import ConfigError
 from gcref.wire.codec import MAX_FRAME_BYTES
 
 RECONNECT_MS: Final = 100
@@ -105,6 +106,7 @@ class _Dialled:
     Attributes:
         up: the handshake is done.
         failures: handshakes in a row that the other side broke off.
+        probe: finds out whether somebody with another key is there, or nobody; None: there is no doubt.
         told: the present failure has been told already.
     """
 
@@ -115,6 +117,7 @@ class _Dialled:
         "fd",
         "link",
         "monitor",
+        "probe",
         "socket",
         "told",
         "touched",
@@ -130,6 +133,7 @@ class _Dialled:
         self.monitor: Monitor | None = None
         self.up = False
         self.failures = 0
+        self.probe: Probe | None = None
         self.told = False
         self.touched = False
 
@@ -213,12 +217,12 @@ class ZeroMQCarrier:
         """See `Carrier.listen`."""
         scheme, _, place = address.partition("://")
         if scheme not in ("ipc", "tcp"):
-            raise _cannot_listen(address, "is no address", "begin it with ipc:// or tcp://")
+            raise cannot_listen(address, "is no address", "begin it with ipc:// or tcp://")
         if scheme == "ipc" and len(os.fsencode(place)) > SOCKET_PATH_MAX_BYTES:
             remedy = f"choose a path of at most {SOCKET_PATH_MAX_BYTES} bytes"
-            raise _cannot_listen(address, "is too long for a socket", remedy)
+            raise cannot_listen(address, "is too long for a socket", remedy)
         if scheme == "tcp" and self._keys is None:
-            raise _cannot_listen(address, "needs an owner key, and this party has none", "give it a key")
+            raise cannot_listen(address, "needs an owner key, and this party has none", "give it a key")
         self._numbers += 1
         socket = self._new_socket(zmq.ROUTER)
         socket.set(zmq.ROUTER_MANDATORY, 1)
@@ -237,7 +241,7 @@ class ZeroMQCarrier:
         except zmq.ZMQError as error:
             monitor.close()
             socket.close(0)
-            raise _bind_failed(scheme, place, address, error) from error
+            raise bind_failed(scheme, place, address, error) from error
         listener.address = socket.get(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
         self._listeners[listener.number] = listener
         self._register(listener.fd, lambda events, now: self._drain_router(listener, events, now))
@@ -275,6 +279,7 @@ class ZeroMQCarrier:
         """See `Carrier.hangup`. An accepted link has nothing to close: its packets are simply a stranger's again."""
         dialled = self._dialled.pop(link, None) if type(link) is int else None
         if dialled is not None:
+            self._end_probe(dialled)
             self._close(dialled)
 
     def set_allowed(self, keys: Mapping[bytes, str]) -> None:
@@ -463,6 +468,22 @@ class ZeroMQCarrier:
         if dialled.failures < CURVE_FAILURES or dialled.carrier == "ipc":
             how = "took too long" if timed_out else "was broken off"
             self._goes_down(dialled, f"the handshake with {dialled.address} {how}", events, now)
+        elif dialled.probe is None:
+            dialled.probe = Probe(dialled.address)
+            fd = dialled.probe.fileno()
+            self._register(fd, lambda events, now: self._on_probe(dialled, events, now))
+
+    def _on_probe(self, dialled: _Dialled, events: list[CarrierEvent], now: float) -> None:
+        """It has shown who takes our connections there and breaks them off."""
+        if dialled.probe is None:
+            return
+        speaks = dialled.probe.speaks()
+        self._end_probe(dialled)
+        if dialled.up:
+            return
+        if not speaks:
+            dialled.failures = 0
+            self._goes_down(dialled, f"nobody answers behind {dialled.address}", events, now)
             return
         reason = (
             f"{dialled.address} has another key than the one expected of it, or is no endpoint of gcref; if it was made "
@@ -470,6 +491,12 @@ class ZeroMQCarrier:
         )
         events.append(Refused(dialled.link, now, reason, ours=False))
         dialled.told = True
+
+    def _end_probe(self, dialled: _Dialled) -> None:
+        if dialled.probe is not None:
+            self._unregister(dialled.probe.fileno())
+            dialled.probe.close()
+            dialled.probe = None
 
     def _on_listener_monitor(self, listener: _Listener, events: list[CarrierEvent], now: float) -> None:
         if listener.monitor is not None and listener.monitor.read():
@@ -496,6 +523,7 @@ class ZeroMQCarrier:
             return
         self._closed = True
         for dialled in self._dialled.values():
+            self._end_probe(dialled)
             self._close(dialled)
         self._dialled.clear()
         for listener in self._listeners.values():
@@ -562,23 +590,3 @@ def _unlink(path: str) -> None:
         os.unlink(path)
     except OSError:
         pass  # somebody was faster, or has removed the whole folder
-
-
-def _cannot_listen(address: str, problem: str, remedy: str) -> ConfigError:
-    return ConfigError(f"cannot listen at {address}: it {problem}; {remedy}", key=address, remedy=remedy)
-
-
-def _bind_failed(scheme: str, place: str, address: str, error: zmq.ZMQError) -> ConfigError:
-    if error.errno == errno.EADDRINUSE:
-        if scheme == "tcp":
-            port = place.rpartition(":")[2]
-            remedy = "choose another port, or * for any free one"
-            return ConfigError(
-                f"cannot listen at {address}: port {port} is taken; {remedy}", key=port, remedy=remedy
-            )
-        return _cannot_listen(address, "is in use", "end the process that has it")
-    if error.errno in (errno.ENODEV, errno.EADDRNOTAVAIL):
-        return _cannot_listen(
-            address, "is not an address of this machine", "use 0.0.0.0, or one of its addresses"
-        )
-    return _cannot_listen(address, f"cannot be had ({error})", "check address and rights")

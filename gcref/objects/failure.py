@@ -393,7 +393,11 @@ def _build_traceback(frames: Any) -> TracebackType | None:
                 "f_lineno": line,
             }
             chain = {"tb_frame": frame, "tb_lineno": line, "tb_next": chain}
-        built: TracebackType | None = Traceback.from_dict(chain).as_traceback()
+        # Its frames are real ones, and keep all frames that they were made under, with everything in them: in a generator
+        # these end with the generator's own.
+        apart = (Traceback.from_dict(one).as_traceback() for one in (chain,))
+        built: TracebackType | None = next(apart)
+        apart.close()
     except FOREIGN_ERRORS:  # frames come from outside, and are only a help
         return None
     return built

@@ -13,5 +13,7 @@ The modules, from what users see to what serves it:
     large_values      fetches and uploads, by the bulk thread (transfers: what that thread finds here)
     callbacks         the thread that runs the callbacks of futures
     local_endpoint    a named agent on this machine; private_endpoint: one for a single executor (agent_process)
-    explain, request  what `explain` says; a question to the I/O thread
+    explain, story    what `explain` says; what endpoints say of a task, in words
+    inquiry           `gcref explain TASK`: finds a task from outside
+    request           a question to the I/O thread
 """

@@ -1,24 +1,25 @@
 """An agent as a child process: how an embedded or a local endpoint is started, watched and stopped.
 
-    order ── one JSON line ──► stdin    `python -m endpoint_worker.agent`    stdout ── one JSON line ──► Ready, or the error
-
-Starting does not wait: the executor makes the process, goes on, and hears of its address later. The agent ends when its stdin
-does, so it never outlives whoever started it. What it writes to standard error lands in an unlinked file, for error texts.
+Order and answer are the matter of `gcref.directory.launch`. Starting does not wait: the executor makes the process, goes on,
+and hears of its address later. The agent ends when its stdin does, so it never outlives whoever started it. What it writes
+to standard error lands in an unlinked file, for error texts.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, Any, Final
 
-from gcref import errors, ids
-from gcref.errors import EndpointLostError, GcrefError
+from gcref import ids
+from gcref.directory import launch
+from gcref.directory.launch import Ready
+from gcref.errors import EndpointLostError
 
 STOP_WAIT_S: Final = 10.0
 """How long an agent may take to stop in order, before it is killed."""
@@ -29,18 +30,6 @@ OBITUARY_WAIT_S: Final = 0.25
 STDERR_TAIL_BYTES: Final = 4096
 
 _ANSWER_MAX_BYTES: Final = 64 * 1024
-
-
-class Ready(NamedTuple):
-    """An agent that serves.
-
-    Attributes:
-        control: address of its control socket.
-        bulk: address of its bulk socket.
-    """
-
-    control: str
-    bulk: str
 
 
 class AgentProcess:
@@ -73,15 +62,7 @@ class AgentProcess:
         self._answer = b""
         self._stderr = _unnamed_file()
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "endpoint_worker.agent"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._stderr,
-                bufsize=0,
-                env=_environment(),
-                start_new_session=True,  # a Ctrl-C at the terminal is for the user's program
-            )
+            self._process = launch.start_process(self._stderr)
         except BaseException:
             os.close(self._stderr)
             raise
@@ -93,32 +74,22 @@ class AgentProcess:
         self._abandoned = False
         self.fd: Final = stdout.fileno()
         os.set_blocking(self.fd, False)
-        self._tell(
-            {
-                "name": name,
-                "id": id.hex(),
-                "home": None if home is None else str(home),
-                "private": name is None,
-                "workers": workers,
-                "carriers": carriers,
-                "sys_path": [os.path.abspath(entry) for entry in sys.path],
-                "config": dict(config or {}),
-                "watch_stdin": True,
-            }
+        order = launch.order_for(
+            id,
+            name=name,
+            home=home,
+            config=config or {},
+            watch_stdin=True,
+            workers=workers,
+            carriers=carriers,
+            sys_path=[os.path.abspath(entry) for entry in sys.path],
         )
+        launch.tell(self._stdin, order)
 
     @property
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
-
-    def _tell(self, order: Mapping[str, Any]) -> None:
-        line = json.dumps(order).encode() + b"\n"
-        try:
-            while line:
-                line = line[self._stdin.write(line) or 0 :]
-        except (BrokenPipeError, ValueError):
-            pass  # it is gone; whoever waits for its answer hears so
 
     def read_answer(self) -> Ready | None:
         """Takes what it has said so far; None while that is not a whole answer.
@@ -134,16 +105,12 @@ class AgentProcess:
                 raise EndpointLostError(self.obituary(), endpoint_id=ids.text(self.id))
             self._answer += chunk
         try:
-            told = json.loads(self._answer.partition(b"\n")[0])
-            if told.get("ready"):
-                return Ready(str(told["control"]), str(told["bulk"]))
-            kind, text = str(told["error"]), str(told["message"])
-        except (ValueError, KeyError, AttributeError) as error:
+            return launch.read_answer(self._answer.partition(b"\n")[0])
+        except ValueError as error:
             raise EndpointLostError(
                 f"the agent of {self._who()} answered what cannot be understood",
                 endpoint_id=ids.text(self.id),
             ) from error
-        raise _error(kind, text, told)
 
     def is_open(self) -> bool:
         """Whether its stdout is open still; to be asked when there is something to read after the answer."""
@@ -188,8 +155,7 @@ class AgentProcess:
             code = self._process.wait(OBITUARY_WAIT_S)
         except subprocess.TimeoutExpired:
             return f"the agent of {self._who()} has closed its output{self._stderr_tail()}"
-        how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
-        return f"the agent of {self._who()} {how}{self._stderr_tail()}"
+        return f"the agent of {self._who()} {launch.how_it_ended(code)}{self._stderr_tail()}"
 
     def _who(self) -> str:
         return "the private endpoint" if self.name is None else f"endpoint {self.name!r}"
@@ -203,9 +169,15 @@ class AgentProcess:
         text = tail.decode(errors="replace").strip()
         return f"; its last words:\n{text}" if text else ""
 
+    def resume(self) -> None:
+        """Has it go on, should somebody have suspended it."""
+        if not self._abandoned and self._process.poll() is None:
+            self._process.send_signal(signal.SIGCONT)
+
     def request_stop(self) -> None:
         """Asks it to stop; returns at once."""
-        self._tell({"stop": True, "wait": False})
+        self.resume()  # what is suspended cannot stop in order
+        launch.tell(self._stdin, {"stop": True, "wait": False})
         try:
             self._stdin.close()
         except OSError:
@@ -245,21 +217,3 @@ def _unnamed_file() -> int:
     descriptor, path = tempfile.mkstemp()
     os.unlink(path)
     return descriptor
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with the folder of this package on the import path where it is not installed."""
-    environment = dict(os.environ)
-    folder = str(Path(errors.__file__).resolve().parent.parent)
-    if os.path.basename(folder) not in ("site-packages", "dist-packages"):
-        known = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = folder if not known else f"{folder}{os.pathsep}{known}"
-    return environment
-
-
-def _error(kind: str, text: str, told: Mapping[str, Any]) -> GcrefError:
-    found = getattr(errors, kind, None)
-    if not isinstance(found, type) or not issubclass(found, GcrefError):
-        return EndpointLostError(f"the agent could not start: {kind}: {text}")
-    fields = told.get("fields")
-    return found(text, **(fields if isinstance(fields, dict) else {}))

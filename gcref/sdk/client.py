@@ -50,6 +50,10 @@ class FutureLane(Lane):
         super().__init__(home, group, secret, opts, batch_size, root)
         self.client = loop
 
+    def of_group(self, group: bytes, secret: bytes) -> FutureLane:
+        """The same for tasks of another group, or of one whose secret was told by its home."""
+        return FutureLane(self.client, self.home, group, secret, self.opts, self.batch_size, self.root)
+
 
 class Client:
     """The directory and the sessions of this process; shared by executors.
@@ -76,8 +80,10 @@ class Client:
         if context is not None:
             self._carriers = frozenset(("ipc",))
             self.hub_url = hub_url
+            self._patience = (config.ENDPOINT_LOST_S, config.HEARTBEAT_S)
         else:
             settings = config.client_config()
+            self._patience = (settings.endpoint_lost_s, settings.heartbeat_s)
             self._carriers = config.carriers_allowed(carriers)
             self.hub_url = hub_url or settings.hub_url
             token = token or settings.token
@@ -99,7 +105,16 @@ class Client:
                 from gcref.sdk.loop import Loop
 
                 _register_exit()
-                loop = self._loop = Loop(self._me, self._keys(), self._carriers, self._context, self._let_go)
+                lost_s, heartbeat_s = self._patience
+                loop = self._loop = Loop(
+                    self._me,
+                    self._keys(),
+                    self._carriers,
+                    self._context,
+                    self._let_go,
+                    endpoint_lost_s=lost_s,
+                    heartbeat_s=heartbeat_s,
+                )
             loop.users += 1
             return loop
 

@@ -11,6 +11,7 @@ nothing. All that views of an executor (`options`) share is in `_Core`; what tel
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import threading
 import time
 import uuid
@@ -23,7 +24,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from gcref import config, ids, task_context
-from gcref.brains.submitter_table import ENDED
 from gcref.errors import ConfigError, NotFoundError
 from gcref.objects import blob, serialize
 from gcref.objects.functions import FunctionCache
@@ -33,15 +33,21 @@ from gcref.sdk.future import ComputeFuture
 from gcref.sdk.mapping import chunked, first, flat, results_of
 from gcref.sdk.options import checked_options, is_whole
 from gcref.sdk.private_endpoint import PrivateEndpoint
+from gcref.sdk.reloading import reload
 
 if TYPE_CHECKING:
     from gcref.sdk.agent_process import AgentProcess
     from gcref.sdk.loop import Loop
 
+log: Final = logging.getLogger("gcref.sdk")
+
 T = TypeVar("T")
 
 RELOAD_WAIT_S: Final = 60.0
 """How long `reload_tasks` waits for the endpoint."""
+
+SAY_SO_AFTER_S: Final = 5.0
+"""`shutdown` that waits for so long says if that is because the endpoint is out of reach."""
 
 LARGE_FUNCTIONS_KEPT: Final = 16
 """Functions too large for a message that stay at the endpoint, for their next call."""
@@ -366,12 +372,9 @@ class Executor(concurrent.futures.Executor):
         self._check()
         lane = self._lane
         group = lane.group if task_group_id is None else ids.parse(task_group_id)
-        secret, tasks = lane.client.attach(lane.home, group, RELOAD_WAIT_S)
-        if group != lane.group or secret not in (None, b"", lane.secret):
-            lane = FutureLane(
-                lane.client, lane.home, group, secret or lane.secret, lane.opts, lane.batch_size, lane.root
-            )
-        return [lane.client.open(item[0], lane.home, None, lane) for item in tasks]
+        if group != lane.group:
+            lane = lane.of_group(group, lane.client.secret_of(group))
+        return reload(lane.client, lane, RELOAD_WAIT_S)
 
     @property
     def endpoint_id(self) -> uuid.UUID:
@@ -417,8 +420,13 @@ class Executor(concurrent.futures.Executor):
                 loop.when_quiet(root, ended.set)
             except RuntimeError:
                 return
+        told = False
         with lending.while_waiting(None):
-            ended.wait()
+            while not ended.wait(SAY_SO_AFTER_S):
+                text = "" if told else loop.out_of_reach(root.home)[1]
+                if text:
+                    log.warning("shutdown waits for %d tasks: %s", root.open, text)
+                    told = True
 
     def _root_lane(self) -> FutureLane:
         root = self._lane.root
@@ -426,19 +434,16 @@ class Executor(concurrent.futures.Executor):
         return root
 
     def _cancel_all(self) -> None:
-        loop, lane = self._core.loop, self._lane
-        found: concurrent.futures.Future[list[bytes]] = concurrent.futures.Future()
         try:
-            loop.post(lambda: found.set_result(_open_tasks(loop, lane)))
-            loop.cancel(found.result(config.CANCEL_WAIT_S), False)
-        except (RuntimeError, TimeoutError):
-            pass  # the I/O thread has ended, or ends: there is nothing to cancel
+            self._core.loop.cancel_open(self._lane.root)
+        except RuntimeError:
+            pass  # the I/O thread has ended: there is nothing to cancel
 
     def _finish_private(self) -> None:
         """The interpreter ends: what a private endpoint was given is done first, as the stdlib does."""
         if self._core.private is not None:
             self._core.private.end(self._core.loop, self._root_lane())
-            self._core.private.ended.wait()
+            self._core.private.wait_at_exit(self._core.loop)
 
     def _was_shut_down(self) -> bool:
         return self._core.problem is not None
@@ -460,12 +465,6 @@ class Executor(concurrent.futures.Executor):
     def __repr__(self) -> str:
         label = "" if self.label is None else f" {self.label!r}"
         return f"<Executor{label} at {self._core.loop.where.name_of(self._lane.home)}>"
-
-
-def _open_tasks(loop: Loop, lane: FutureLane) -> list[bytes]:
-    """Tasks of the executor and its views that have not ended, the latest first; on the I/O thread."""
-    entries = [entry for entry in loop.entries() if entry.lane is not None and entry.lane.root is lane.root]
-    return [entry.id for entry in reversed(entries) if entry.state != ENDED]
 
 
 def _packed(holder: Any, home: bytes) -> bytes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gcref import ids
 from gcref.brains import submitter_events as ev
@@ -32,6 +32,15 @@ Key = tuple[bytes, int]
 """A fetch: the object's id, and the attempt whose bytes are wanted."""
 
 MakeError = Callable[[], BaseException]
+
+
+class _Wanted(NamedTuple):
+    """What is to be fetched: as it was when somebody asked, because a later attempt may take its place."""
+
+    key: Key
+    size: int
+    source: bytes
+    token: bytes | None
 
 
 class LargeValues:
@@ -54,7 +63,7 @@ class LargeValues:
         self._lock = threading.Lock()  # guards `_pulls`, and the `pull` of each Stored
         self._pulls: dict[Key, Pull] = {}
         self._sources: dict[Key, bytes] = {}
-        self._waiting: list[Stored] = []  # until there is a bulk thread
+        self._waiting: list[_Wanted] = []  # until there is a bulk thread
         self._wanted: set[bytes] = set()  # parties that bytes are to flow to or from
         self._bulk: BulkThread | None = None
 
@@ -70,15 +79,16 @@ class LargeValues:
 
     def fetch(self, stored: Stored) -> Pull:
         """Starts to fetch a value, or joins the fetch under way."""
-        key = (stored.id, stored.attempt)
         with self._lock:
+            key = (stored.id, stored.attempt)
+            wanted = _Wanted(key, stored.size, self._relay or stored.home, stored.token)
             pull: Pull | None = stored.pull or self._pulls.get(key)
             if pull is not None and not pull.has_failed:
                 stored.pull = pull
                 return pull
             pull = stored.pull = self._pulls[key] = Pull()
         try:
-            self._loop.post(lambda: self._start(stored))
+            self._loop.post(lambda: self._start(wanted))
         except RuntimeError:
             self._end(key, None, lambda: EndpointLostError("the client has ended"))
         return pull
@@ -99,9 +109,37 @@ class LargeValues:
         for id in ids:
             self._uploads.forget(id)
 
+    def renewed(self, items: Iterable[tuple[Any, int, Any, int]]) -> None:
+        """Later attempts have made these: (holder, OK or STORED, blob or size, attempt)."""
+        for holder, status, value, attempt in items:
+            future = holder()
+            raw = None if future is None else future._raw
+            if type(raw) is Stored:
+                small = value if status == m.OK else None
+                self.renew(raw, attempt, value if small is None else len(small), small)
+
+    def renew(self, stored: Stored, attempt: int, size: int, value: bytes | None) -> None:
+        """The home of a value that was not fetched yet has made it once more, and has the bytes of that attempt alone.
+
+        Args:
+            stored: where it is fetched from.
+            attempt: the new one.
+            size: bytes of its blob.
+            value: the blob, where it is small by now; None: it lies at its home.
+        """
+        with self._lock:
+            if attempt <= stored.attempt:
+                return
+            stored.attempt, stored.size, stored.pull = attempt, size, None
+            if value is not None:
+                stored.pull = Pull()
+                stored.pull.finish(memoryview(value))
+
     def ways_changed(self, party: bytes, ways: Ways) -> None:
-        """A party is reached by these ways."""
+        """A party is reached by these ways, and by no others: its earlier process is gone."""
         if party in self._wanted:
+            if self._bulk is not None:
+                self._bulk.disconnect(party)  # what is being fetched goes on by the new ways
             self._connect(party, ways)
 
     def leave(self, party: bytes, error: MakeError) -> None:
@@ -148,8 +186,8 @@ class LargeValues:
         for carrier, address, key in ways.bulk:
             bulk.connect(party, address, key, carrier, "user")
         waiting, self._waiting = self._waiting, []
-        for stored in waiting:
-            self._pull(bulk, stored)
+        for wanted in waiting:
+            self._pull(bulk, wanted)
 
     def _start_bulk(self) -> BulkThread:
         from gcref.carriers.bulk import BulkIdentity, BulkThread
@@ -161,21 +199,20 @@ class LargeValues:
         bulk.start()
         return bulk
 
-    def _start(self, stored: Stored) -> None:
-        source = self._relay or stored.home
-        self._sources[stored.id, stored.attempt] = source
+    def _start(self, wanted: _Wanted) -> None:
+        source = self._sources[wanted.key] = wanted.source
         self._meet(source)
         # The endpoint is needed now: should it be out of reach, somebody has to notice.
         self._loop.tell(ev.FetchBegan(source, time.monotonic()))
         if self._bulk is None:
-            self._waiting.append(stored)
+            self._waiting.append(wanted)
         else:
-            self._pull(self._bulk, stored)
+            self._pull(self._bulk, wanted)
 
-    def _pull(self, bulk: BulkThread, stored: Stored) -> None:
-        source = self._sources.get((stored.id, stored.attempt))
-        if source is not None:  # else it was given up meanwhile
-            bulk.pull(stored.id, stored.attempt, stored.size, source, stored.token, m.MODE_PATH)
+    def _pull(self, bulk: BulkThread, wanted: _Wanted) -> None:
+        if wanted.key in self._sources:  # else it was given up meanwhile
+            id, attempt = wanted.key
+            bulk.pull(id, attempt, wanted.size, wanted.source, wanted.token, m.MODE_PATH)
 
     def _end(self, key: Key, buffer: memoryview | None, error: MakeError | None) -> None:
         source = self._sources.pop(key, None)

@@ -29,13 +29,15 @@ from typing import TYPE_CHECKING, Any, Final
 from gcref import config
 from gcref.brains import submitter_events as ev
 from gcref.brains.submitter import Submitter
-from gcref.brains.submitter_table import UP, Entry, Lane, Stored
+from gcref.brains.submitter_table import CONNECTING, DOWN, UP, Entry, Lane, Stored
 from gcref.carriers.base import FdReady
 from gcref.errors import EndpointLostError, GcrefError
 from gcref.objects import failure as failures
 from gcref.sdk import future as futures
 from gcref.sdk.agent_process import AgentProcess
+from gcref.sdk.backlog import Backlog
 from gcref.sdk.callbacks import Caller
+from gcref.sdk.explain import WAIT_S as EXPLAIN_WAIT_S
 from gcref.sdk.explain import explain, facts_of
 from gcref.sdk.future import ComputeFuture
 from gcref.sdk.large_values import LargeValues
@@ -61,16 +63,8 @@ DRAIN_MAX: Final = 1024
 DROPS_EVERY_S: Final = 0.05
 """Futures that end singly wake the thread at most so often."""
 
-BACKLOG_HIGH_BYTES: Final = 32 * 1024 * 1024
-"""Unacknowledged bytes above which a peer is sent no more tasks, so that what waits can be cancelled here."""
-
-BACKLOG_LOW_BYTES: Final = 8 * 1024 * 1024
-
 LINGER_S: Final = 1.0
 """How long the thread waits for somebody who needs it, before it ends."""
-
-EXPLAIN_WAIT_S: Final = 1.2
-"""How long `explain` waits for the I/O thread, which waits for the endpoint a little less."""
 
 IN_LOOP_WAIT_S: Final = 0.05
 """How long `cancel` waits on a thread that runs an event loop, which must not be held up."""
@@ -86,6 +80,7 @@ class Loop:
         context: inside a task: its surroundings.
         may_end: asked when there has been nothing to do for a while: whether the thread may end.
         endpoint_lost_s: how long an endpoint may be out of reach, seconds.
+        heartbeat_s: silence after which it is asked for a sign of life, seconds.
 
     Attributes:
         queue: what user's threads want.
@@ -102,6 +97,7 @@ class Loop:
         may_end: Callable[[Loop], bool] = lambda loop: False,
         *,
         endpoint_lost_s: float = config.ENDPOINT_LOST_S,
+        heartbeat_s: float = config.HEARTBEAT_S,
     ) -> None:
         self.me = me
         self.queue: deque[Any] = deque()
@@ -113,7 +109,7 @@ class Loop:
         self._calm = False  # asleep, and not about to look for dropped futures anyway
         self._keys = keys
         self._relay = None if context is None else context.agent_id
-        self._endpoint_lost_s = endpoint_lost_s
+        self._heartbeat_s = heartbeat_s
         self._broken: str | None = None
         self._brain = Submitter(self._relay, endpoint_lost_s=endpoint_lost_s)
         self._caller = Caller()
@@ -123,9 +119,8 @@ class Loop:
         self._quiet: dict[Lane, list[Callable[[], None]]] = {}
         self._due_at: float | None = None  # when the brain is to be told the time
         self.reaching = Reaching(self, keys.public)
-        self._sent_to: set[bytes] = set()
+        self._backlog = Backlog(self.tell)
         self._ends: list[Any] = []  # outcomes that futures have not been told yet
-        self._full: set[bytes] = set()
         self._dropped_at = -DROPS_EVERY_S
         self._ending: tuple[float, Request] | None = None
         self._burying = threading.RLock()
@@ -134,6 +129,7 @@ class Loop:
         self._table: dict[type, Callable[[Any], None]] = {
             ev.Send: self._send,
             ev.Settle: self._settle,
+            ev.Renewed: lambda i: self.large.renewed(i.items),
             ev.Running: self._running,
             ev.Answer: self._answer,
             ev.Reach: lambda i: self.reaching.reach(i.peer),
@@ -199,34 +195,31 @@ class Loop:
 
     def cancel(self, ids: list[bytes], force: bool) -> list[bool]:
         """Asks for these tasks not to run, and waits for the answer: a second at the most."""
+        return self._ask_cancel(lambda: ids, force) or [False] * len(ids)
+
+    def cancel_open(self, root: Lane) -> None:
+        """Asks for what an executor and its views have open not to run, the latest first; waits as `cancel` does."""
+        self._ask_cancel(
+            lambda: [e.id for e in reversed(self.entries()) if e.lane is not None and e.lane.root is root],
+            False,
+        )
+
+    def _ask_cancel(self, which: Callable[[], list[bytes]], force: bool) -> list[bool] | None:
         request = Request()
-        self.post(ev.CancelAsked(request, ids, force, time.monotonic()))
+        self.post(lambda: self.tell(ev.CancelAsked(request, which(), force, time.monotonic())))
         if self._is_io_thread():
-            return [False] * len(ids)
+            return None
         wait_s = IN_LOOP_WAIT_S if has_running_loop() else config.CANCEL_WAIT_S + 0.1
-        return request.wait(wait_s) or [False] * len(ids)
-
-    def attach(self, home: bytes, group: bytes, timeout: float) -> Any:
-        """The secret and the tasks of a group, as in TASKS.
-
-        Raises:
-            GcrefError: the endpoint cannot be asked, or does not answer in time.
-        """
-        request = Request()
-        now = time.monotonic()
-        self.post(ev.AttachAsked(request, home, group, now + timeout, now))
-        answer = request.wait(None)
-        if isinstance(answer, ev.Failure):
-            raise failures.to_exception(answer.failure)
+        answer: list[bool] | None = request.wait(wait_s)
         return answer
 
-    def open(self, id: bytes, home: bytes, token: bytes | None, lane: Any) -> ComputeFuture[Any]:
+    def open(self, id: bytes, home: bytes, token: bytes, lane: Any) -> ComputeFuture[Any]:
         """A future for an object that exists elsewhere; the one that is there already, if there is one.
 
         Args:
             id: of the object.
             home: its home.
-            token: the right to read it; None for the owner of its group.
+            token: the right to read it.
             lane: what the future is told to belong to.
         """
         self.check()
@@ -234,8 +227,7 @@ class Loop:
         if known is not None:
             return known
         future: ComputeFuture[Any] = ComputeFuture(lane, id, token)
-        counts = lane if token is None else None
-        self.post(ev.Opened([(id, home, token, counts, weakref.ref(future))], time.monotonic()))
+        self.post(ev.Opened([(id, home, token, None, weakref.ref(future))], time.monotonic()))
         return future
 
     def future_of(self, id: bytes) -> ComputeFuture[Any] | None:
@@ -262,6 +254,19 @@ class Loop:
         """All objects that futures here stand for, in the order in which they came; on the I/O thread."""
         return list(self._brain.entries.values())
 
+    def out_of_reach(self, home: bytes) -> tuple[float, str]:
+        """For how long an endpoint has been out of reach, seconds, and why; 0 while it is not, or nobody needs it.
+
+        Any thread may ask; the answer may be out of date at once.
+        """
+        party = self._relay or home
+        peer = self._brain.peers.get(party)
+        if peer is None or peer.state not in (CONNECTING, DOWN):
+            return 0.0, ""
+        away_s = time.monotonic() - peer.since
+        reason = f" ({peer.trouble})" if peer.trouble else ""
+        return away_s, f"{self.where.name_of(party)} has been out of reach for {away_s:.0f} s{reason}"
+
     def start_process(self, process: AgentProcess) -> None:
         """Watches an agent that was started for this client alone."""
         self.where.add_process(process)
@@ -269,10 +274,13 @@ class Loop:
 
     def explain(self, future: ComputeFuture[Any]) -> str:
         """Where a task is, what it waits for, over which carrier, since when."""
-        request = Request()
-        self.post(lambda: self._ask_explain(future._id, request))
-        told = None if self._is_io_thread() else request.wait(EXPLAIN_WAIT_S)
-        return explain(future, request.facts, told, self.where, time.monotonic())
+
+        def ask(id: bytes) -> Request:
+            request = Request()
+            self.post(lambda: self._ask_explain(id, request))
+            return request
+
+        return explain(future, ask, self.where, 0.0 if self._is_io_thread() else EXPLAIN_WAIT_S)
 
     # ----------------------------------------------------------------------------------------------- life and end
 
@@ -361,7 +369,11 @@ class Loop:
         from gcref.carriers.zeromq import ZeroMQCarrier
 
         identity = pe.Identity(self.me, pe.CLIENT, self._keys.public, time.time_ns() // 1000)
-        self._peers = pe.Peers(identity, lambda key, hello: pe.PEER if hello.kind == pe.ENDPOINT else None)
+        self._peers = pe.Peers(
+            identity,
+            lambda key, hello: pe.PEER if hello.kind == pe.ENDPOINT else None,
+            heartbeat_s=self._heartbeat_s,
+        )
         carrier = ZeroMQCarrier(self._keys)
         self._table.update(
             {
@@ -388,8 +400,8 @@ class Loop:
         if self._due_at is not None and self._due_at <= now:
             self.tell(ev.Tick(now))
         self._obey(self._peers.flush(now))
-        if self._sent_to or self._full:
-            self._see_room()
+        if self._backlog.is_due and self._backlog.look(self._peers):
+            self._obey(self._peers.flush(time.monotonic()))
         if self.users == 0 or self._idle_at is not None:
             self._see_whether_idle(now)
         if self._ending is not None:
@@ -510,21 +522,7 @@ class Loop:
             if send.message[0] == m.SUBMIT:
                 self.tell(ev.Unsendable([task[0] for task in send.message[6]], failures.from_error(error)))
         else:
-            self._sent_to.add(send.peer)
-
-    def _see_room(self) -> None:
-        """Holds back tasks for peers that have much to take already; goes on when they have taken it."""
-        peers = self._peers
-        for party in self._sent_to:
-            if party not in self._full and peers.backlog_bytes(party) > BACKLOG_HIGH_BYTES:
-                self._full.add(party)
-                self.tell(ev.PeerFull(party, True))
-        self._sent_to.clear()
-        for party in [party for party in self._full if peers.backlog_bytes(party) < BACKLOG_LOW_BYTES]:
-            self._full.discard(party)
-            self.tell(ev.PeerFull(party, False))
-        if self._sent_to:
-            self._obey(peers.flush(time.monotonic()))
+            self._backlog.sent(send.peer)
 
     def _settle(self, settle: ev.Settle) -> None:
         ends = self._ends
@@ -568,7 +566,7 @@ class Loop:
         self.tell(ev.ExplainAsked(request, number, [id], time.monotonic()))
 
 
-_EVENTS: Final = frozenset((ev.CancelAsked, ev.AttachAsked, ev.Opened, ev.Offered))
+_EVENTS: Final = frozenset((ev.AttachAsked, ev.Opened, ev.Offered))
 _LAST_RITES: Final = (ev.Settle, ev.Answer, ev.Idle)
 
 

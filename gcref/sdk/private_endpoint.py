@@ -5,15 +5,28 @@ end() ──► no task is open ──► live futures' values are fetched, larg
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING, Final
 
+from gcref import config
 from gcref.brains.submitter_table import Stored
 
 if TYPE_CHECKING:
     from gcref.brains.submitter_table import Lane
     from gcref.sdk.agent_process import AgentProcess
     from gcref.sdk.loop import Loop
+
+log: Final = logging.getLogger("gcref.sdk")
+
+LOOK_EVERY_S: Final = 0.5
+"""At the end of the interpreter: how often to look whether the agent still answers."""
+
+START_WAIT_S: Final = 30.0
+"""How long an agent that has not answered yet may hold up the end of the interpreter."""
+
+GIVEN_UP_STOP_S: Final = 1.0
+"""How long an agent that was given up may take to stop in order, before it is killed."""
 
 LET_GO_S: Final = 10.0
 """How long the I/O thread may take to let go of an agent that is to be stopped."""
@@ -34,6 +47,7 @@ class PrivateEndpoint:
         self.ended = threading.Event()
         self._once = threading.Lock()
         self._is_ending = False
+        self._given_up = False
 
     def end(self, loop: Loop, lane: Lane) -> None:
         """Begins its end, and returns: its tasks end, live futures' values come here, then it stops."""
@@ -41,10 +55,24 @@ class PrivateEndpoint:
             if self._is_ending:
                 return
             self._is_ending = True
+        self.process.resume()
         try:
             loop.when_quiet(lane, lambda: self._bring_values(loop, lane.home))
         except RuntimeError:  # the I/O thread has ended, and with it everything that waited
             self._stop()
+
+    def wait_at_exit(self, loop: Loop) -> None:
+        """Waits for its end; the interpreter ends, so an agent that does not answer is given up soon."""
+        while not self.ended.wait(LOOK_EVERY_S):
+            away_s, text = loop.out_of_reach(self.process.id)
+            patience_s = config.EXIT_FLUSH_S if loop.where.has_answered(self.process.id) else START_WAIT_S
+            if away_s > patience_s and not self._given_up:
+                self._given_up = True
+                log.warning("%s: what it was given is not waited for", text)
+                try:
+                    loop.post(lambda: loop.reaching.process_ends(self.process))
+                except RuntimeError:
+                    self._stop()
 
     def _bring_values(self, loop: Loop, home: bytes) -> None:
         """On the I/O thread: fetches what live futures have not fetched; also what is large."""
@@ -83,7 +111,10 @@ class PrivateEndpoint:
         self._stop()
 
     def _stop(self) -> None:
-        self.process.stop()
+        if self._given_up:
+            self.process.stop(GIVEN_UP_STOP_S)
+        else:
+            self.process.stop()
         self.ended.set()
 
 

@@ -60,7 +60,11 @@ class Reaching:
         except GcrefError as error:
             self._loop.tell(ev.PeerFailed(party, failures.from_error(error)))
             return
-        if seen.ways is not None and seen.ways != self._ways.get(party):
+        known = self._ways.get(party)
+        if seen.ways is not None and seen.ways != known:
+            if known is not None and known.process != seen.ways.process:
+                # It was started again: what is dialled already tries the more rarely the longer it was away.
+                self._loop.dial_all(party, [])
             self._use(party, seen.ways)
         self._loop.tell(ev.PeerSeen(party, seen.what, seen.text, time.monotonic()))
 

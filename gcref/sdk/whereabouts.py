@@ -16,8 +16,9 @@ from gcref.brains.submitter_table import SEEN_GONE, SEEN_RUNNING, SEEN_STOPPED, 
 from gcref.errors import ConfigError, EndpointLostError, GcrefError, NotFoundError
 
 if TYPE_CHECKING:
+    from gcref.directory.launch import Ready
     from gcref.directory.records import Candidate, EndpointRecord
-    from gcref.sdk.agent_process import AgentProcess, Ready
+    from gcref.sdk.agent_process import AgentProcess
     from gcref.task_context import TaskContext
 
 
@@ -27,10 +28,12 @@ class Ways(NamedTuple):
     Attributes:
         control: to its control socket.
         bulk: to its bulk socket.
+        process: tells the agent that listens there now from an earlier one at the same addresses.
     """
 
     control: list[Candidate]
     bulk: list[Candidate]
+    process: tuple[float, int] = (0.0, 0)
 
 
 class Seen(NamedTuple):
@@ -86,6 +89,10 @@ class Whereabouts:
     def set_ready(self, party: bytes, ready: Ready) -> None:
         """That agent has said where it listens."""
         self._ready[party] = ready
+
+    def has_answered(self, party: bytes) -> bool:
+        """Whether that agent has said where it listens."""
+        return party in self._ready
 
     def set_gone(self, party: bytes, error: GcrefError) -> None:
         """That agent has ended, or could not start: whoever looks for it hears so."""
@@ -174,7 +181,7 @@ class Whereabouts:
     def _ways(self, record: EndpointRecord) -> Ways:
         control = record.candidates(self._carriers)
         if control or not record.control:
-            return Ways(control, record.bulk_candidates(self._carriers))
+            return Ways(control, record.bulk_candidates(self._carriers), (record.started, record.pid))
         offered = ", ".join(record.control)
         raise ConfigError(
             f"endpoint {record.name!r} cannot be reached from here: it listens on {offered}, and the carriers "

@@ -37,6 +37,7 @@ EXPLAIN: Final = 14
 EXPLAINED: Final = 15
 STATUS: Final = 16
 STATUS_IS: Final = 17
+PINS: Final = 18
 # Kinds on the bulk socket, outside the order.
 FETCH: Final = 32
 CHUNK: Final = 33
@@ -49,6 +50,7 @@ NAMES: Final = {
         ("OUTCOME", OUTCOME), ("SUBSCRIBE", SUBSCRIBE), ("UNSUBSCRIBE", UNSUBSCRIBE), ("FORGET", FORGET),
         ("CANCEL", CANCEL), ("CANCELLED", CANCELLED), ("ATTACH", ATTACH), ("TASKS", TASKS), ("OFFER", OFFER),
         ("EXPLAIN", EXPLAIN), ("EXPLAINED", EXPLAINED), ("STATUS", STATUS), ("STATUS_IS", STATUS_IS),
+        ("PINS", PINS),
         ("FETCH", FETCH), ("CHUNK", CHUNK), ("BULK_HELLO", BULK_HELLO),
     )
 }  # fmt: skip
@@ -353,6 +355,12 @@ def _status_is(message: list[Any]) -> None:
         _wrong(message, "request or answer")
 
 
+def _pins(message: list[Any]) -> None:
+    _ids(message)
+    if type(message[2]) is not bool:
+        _wrong(message, "more")
+
+
 def _fetch(message: list[Any]) -> None:
     request, id, attempt, offset, length, mode, token = message[1:8]
     if not (_is_count(request) and _is_id(id) and _is_count(attempt)):
@@ -406,6 +414,7 @@ _CHECKS: Final[dict[int, Callable[[list[Any]], None]]] = {
     EXPLAINED: _explained,
     STATUS: _status,
     STATUS_IS: _status_is,
+    PINS: _pins,
     FETCH: _fetch,
     CHUNK: _chunk,
     BULK_HELLO: _bulk_hello,

@@ -14,7 +14,7 @@ from tests.bench import peers, report, turns
 from tests.bench.turns import Contender
 from tests.bench.workloads import WORKLOADS
 
-BASELINES = ("tcp", "shm")
+BASELINES = ("tcp", "shm", "journal", "fsync")
 """Not systems but bare operations; always in, where a workload asks for them."""
 
 

@@ -75,6 +75,15 @@ TARGETS: tuple[Target, ...] = (
         ("throughput-10k", "ours", "per_task"),
         unit=" × at 10 k",
     ),
+    Target(
+        "… with a journal (named endpoint)",
+        ("journal-50k", "per_s"),
+        0.75,
+        ("journal-50k", "journal", "per_s"),
+        at_least=True,
+        inverse=True,
+        unit=" × without",
+    ),
     Target("no-op round trip p50", ("round-trip", "p50"), 2, ("round-trip", "pool", "p50"), unit=" × pool"),
     Target(
         "chain of 1000 on one site, per link",

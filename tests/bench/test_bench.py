@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
@@ -48,8 +49,6 @@ def test_right_answers_pass_and_wrong_ones_do_not(measure: Any, params: dict[str
 
 
 def test_an_array_that_changed_on_its_way_is_noticed() -> None:
-    pytest.importorskip("numpy")
-
     def damage(value: Any) -> Any:
         if hasattr(value, "nbytes"):
             value[-1] += 1
@@ -101,6 +100,30 @@ def test_a_turn_of_the_pool() -> None:
     assert not failed
     assert versions["pool"]
     assert len(samples["pool"]["per_s"]) == workload.quick_turns
+
+
+def test_with_quick_a_slow_and_steady_system_takes_fewer_turns() -> None:
+    workload = dataclasses.replace(
+        next(workload for workload in WORKLOADS if workload.name == "tree"),
+        params={"leaves": 10},
+        turns=2,
+        quick_turns=2,
+        quick_turns_of={"pool": 1},
+    )
+    told: list[str] = []
+    for quick, count in ((True, 1), (False, 2)):
+        samples, _, failed = turns.take_turns(
+            workload, [turns.Contender("pool")], quick=quick, tell=told.append
+        )
+        assert not failed
+        assert len(samples["pool"]["seconds"]) == count
+    assert told == ["tree: pool 1/1", "tree: pool 1/2", "tree: pool 2/2"]
+
+
+def test_with_quick_ours_is_measured_at_least_as_often_as_anybody() -> None:
+    for workload in WORKLOADS:
+        assert "ours" not in workload.quick_turns_of
+        assert all(1 <= turns < workload.quick_turns for turns in workload.quick_turns_of.values())
 
 
 def test_a_system_that_cannot_be_imported_is_a_failure_with_its_reason() -> None:

@@ -162,13 +162,13 @@ def take_turns(
     versions: dict[str, str] = {}
     failed: dict[str, ChildError] = {}
     kept: dict[str, Child] = {}
-    turns = (workload.quick_turns or 1) if quick else workload.turns
+    turns = {contender.name: workload.turns_of(contender.name, quick=quick) for contender in contenders}
     try:
-        for turn in range(turns):
+        for turn in range(max(turns.values(), default=0)):
             for contender in contenders:
-                if contender.name in failed:
+                if contender.name in failed or turn >= turns[contender.name]:
                     continue
-                tell(f"{workload.name}: {contender.name} {turn + 1}/{turns}")
+                tell(f"{workload.name}: {contender.name} {turn + 1}/{turns[contender.name]}")
                 params = dict(workload.params)
                 params |= workload.quick if quick else {}
                 params |= workload.peers if contender.is_peer else {}

@@ -606,6 +606,91 @@ def test_a_frozen_link_ends_in_a_timeout(parties: Callable[..., Party]) -> None:
         proxy.thaw()
 
 
+def test_a_frozen_link_is_noticed_by_both_sides_and_the_pull_goes_on_after_it(
+    parties: Callable[..., Party],
+) -> None:
+    """F4: no FIN, and nothing comes: both hang up after three heartbeats. No range has used up its patience by then."""
+    site, asker = parties(b"s", heartbeat_s=0.1), parties(b"a", heartbeat_s=0.1)
+    site.bulk.set_allowed({asker.keys.public: "user"})
+    size = 48 * MB
+    site.place.objects[X, 1] = blob(size)
+    with Proxy(site.listen("direct")) as proxy:
+        asker.connect(site, proxy.address)
+        asker.bulk.pull(X, 1, size, site.id)
+        wait_until(lambda: (asker.bulk.progress(X) or (0,))[0] >= 8 * MB)
+        proxy.freeze()
+        wait_until(lambda: asker.bulk.describe(site.id)[0]["state"] != "up")
+        wait_until(lambda: all(link["state"] != "up" for link in site.bulk.describe(asker.id)))
+        proxy.cut()
+        proxy.thaw()
+        proxy.restore()
+        asker.pulled()
+    assert asker.place.received[X] == blob(size)
+    assert site.place.reads <= 48 + 16 + 1, "only what was in flight is asked again"
+    assert asker.place.aborted == []
+
+
+def test_a_party_that_computes_is_not_taken_for_a_frozen_one(parties: Callable[..., Party]) -> None:
+    """Signs of life come from threads that need no interpreter."""
+    site, asker = parties(b"s", heartbeat_s=0.05), parties(b"a", heartbeat_s=0.05)
+    site.bulk.set_allowed({asker.keys.public: "user"})
+    site.place.objects[X, 1] = blob(MB)
+    busy = threading.Event()
+
+    def compute() -> None:
+        busy.set()
+        time.sleep(patience(0.5))
+
+    site.place.on_read = compute
+    asker.connect(site, site.listen("direct"))
+    asker.wait_link(site)
+    (link,) = asker.bulk.describe(site.id)
+    asker.bulk.pull(X, 1, MB, site.id)
+    assert busy.wait(patience(10))
+    asker.pulled()
+    assert asker.bulk.describe(site.id) == [link]
+
+
+def _wait_for(moment: threading.Event) -> None:
+    assert moment.wait(patience(20))
+
+
+def test_a_source_that_is_started_again_elsewhere_goes_on_where_it_was(
+    parties: Callable[..., Party], tmp_path: Path
+) -> None:
+    """F3: its next process has the same key and maybe another port; only what was in flight is asked again."""
+    site, asker = parties(b"s"), parties(b"a")
+    size = 96 * MB
+    site.bulk.set_allowed({asker.keys.public: "user"})
+    site.place.objects[X, 1] = blob(size)
+    dying = threading.Event()
+    site.place.on_read = lambda: None if site.place.reads < 24 else _wait_for(dying)
+    asker.connect(site, site.listen("direct"))
+    asker.bulk.pull(X, 1, size, site.id)
+    wait_until(lambda: (asker.bulk.progress(X) or (0,))[0] >= 16 * MB)
+    closing = threading.Thread(target=site.bulk.close)
+    closing.start()
+    wait_until(lambda: site.bulk._closing)
+    dying.set()
+    closing.join()
+    wait_until(lambda: asker.bulk.describe(site.id)[0]["state"] == "dialling")
+    before = asker.bulk.progress(X)
+    assert before is not None
+    assert 16 * MB <= before[0] < size
+    assert asker.bulk.take() == []
+    me = BulkIdentity(site.id, "endpoint", site.keys)
+    site.bulk = BulkThread(
+        me, site.place, site.place, wake=site.woken.set, allowed={asker.keys.public: "user"}
+    )
+    site.bulk.start()
+    site.place.reads = 0
+    asker.bulk.reach(site.id, [("direct", site.listen("direct"), site.keys.public)])
+    asker.pulled()
+    assert asker.place.received[X] == blob(size)
+    assert site.place.reads <= 96 - before[0] // MB, "what was here is not asked again"
+    assert len(asker.bulk.describe(site.id)) == 1, "nobody dials the old address any more"
+
+
 def test_a_listener_notices_the_end_of_a_party_that_came_in(pair: tuple[Party, Party]) -> None:
     site, asker = pair
     asker.wait_link(site)

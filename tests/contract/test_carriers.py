@@ -22,6 +22,7 @@ from gcref.carriers.zeromq import ZeroMQCarrier
 from gcref.errors import ConfigError
 from gcref.wire.codec import MAX_FRAME_BYTES
 from tests.contract.places import CLIENT, KINDS, OTHER, SERVER, TCP_KINDS, Place
+from tests.support.proxy import Proxy
 
 tcp_kinds = pytest.mark.parametrize("place", TCP_KINDS, indirect=True)
 zeromq_kinds = pytest.mark.parametrize("place", ["zeromq-ipc", "zeromq-tcp"], indirect=True)
@@ -419,6 +420,22 @@ def test_a_wrong_server_key_is_refused_on_both_sides(place: Place) -> None:
     client.carrier.hangup(1)
     client.carrier.dial(2, address, SERVER.public)
     place.until(lambda: client.ups(2))
+
+
+@pytest.mark.parametrize("place", ["zeromq-tcp"], indirect=True)
+def test_a_tunnel_to_a_party_that_is_away_is_no_wrong_key(place: Place) -> None:
+    """It takes connections and breaks them off, as somebody with another key would; but nobody greets."""
+    server, address = place.server({CLIENT.public: "user"})
+    with Proxy(address) as proxy:
+        proxy.target = "tcp://127.0.0.1:9"
+        client = place.party(CLIENT)
+        client.carrier.dial(1, proxy.address, SERVER.public)
+        place.until(lambda: any("nobody answers behind" in down.reason for down in client.of(LinkDown)))
+        proxy.target = address
+        place.until(lambda: client.ups(1))
+        assert not client.refusals()
+        client.carrier.send(1, b"x")
+        place.until(lambda: server.frames == [b"x"])
 
 
 # ------------------------------------------------------------------------------------------------- strangers

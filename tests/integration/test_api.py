@@ -7,13 +7,10 @@ import concurrent.futures
 import copy
 import os
 import pickle
-import subprocess
 import sys
-import textwrap
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,40 +20,11 @@ import gcref
 from gcref import Client, ComputeFuture, Executor, LocalEndpoint, ObjectRef
 from gcref.errors import ConfigError, NotFoundError, WalltimeExceededError, WorkerLostError
 from tests.conftest import Sites
+from tests.support.programs import output_of
 from tests.support.tasks import Gate, blob_of, die_once, fail, hold, inc, touch
 from tests.support.waiting import patience, wait_until
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 WAIT_S: Final = patience(30)
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    """A closed gate; opened at the end, so that no task is left waiting."""
-    found = Gate.at(tmp_path)
-    yield found
-    found.open()
-
-
-def program(text: str, folder: Path) -> str:
-    """What another client of the same user prints."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            "-c",
-            "import gcref\nfrom tests.support.tasks import *\n" + textwrap.dedent(text),
-        ],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=patience(50),
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, ""), f"{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 # ----------------------------------------------------------------------------------------------------- how it stands
@@ -183,7 +151,7 @@ def test_registered_functions(polaris: Executor) -> None:
 def test_a_second_client_takes_up_a_group(two_sites: Sites, gate: Gate, tmp_path: Path) -> None:
     """The first one ends in the middle; done, failed, large, running, queued and waiting tasks are all there."""
     group = uuid.uuid4()
-    said = program(
+    said = output_of(
         f"""
         a = gcref.Executor("polaris", task_group_id={str(group)!r})
         gate = Gate({gate.path!r})
@@ -300,30 +268,6 @@ def test_references(polaris: Executor, gate: Gate) -> None:
 # ------------------------------------------------------------------------------------------- explain, record
 
 
-def test_explain_says_where_what_and_which_way(polaris: Executor, midway: Executor, gate: Gate) -> None:
-    held = polaris.submit(hold, gate)
-    waiting = midway.submit(inc, held)
-    wait_until(held.running, what="the task to run")
-    running = held.explain()
-    for words in (
-        held.task_id,
-        "'polaris'",
-        "it runs",
-        "reached by ipc since",
-        "the endpoint says",
-        "worker",
-    ):
-        assert words in running, running
-    wait_until(lambda: held.task_id in waiting.explain(), what=waiting.explain)
-    text = waiting.explain()
-    for words in (waiting.task_id, "'midway'", "it waits for", held.task_id):
-        assert words in text, text
-    gate.open()
-    assert waiting.result(WAIT_S) == 2
-    assert "done" in waiting.explain()
-    assert "bytes" in waiting.explain()
-
-
 @pytest.mark.parametrize("carrier", ["ipc", "direct"])
 def test_explain_says_which_carrier(two_sites: Sites, gate: Gate, carrier: str) -> None:
     with Client(carriers=(carrier,)) as client, Executor("polaris", client) as executor:
@@ -401,7 +345,7 @@ def test_modules_that_the_endpoint_does_not_have_are_shipped(tmp_path: Path) -> 
                 print(type(a.submit(analysis.Table, [1]).result(30)).__name__)
         """
     for modules in ("[analysis]", '["analysis"]'):
-        said = program(text.replace("{modules}", modules).replace("{{", "{").replace("}}", "}"), tmp_path)
+        said = output_of(text.replace("{modules}", modules).replace("{{", "{").replace("}}", "}"), tmp_path)
         assert said.split() == ["SerializationError", "analysis", "2", "Table", "Table"]
 
 

@@ -33,10 +33,9 @@ from gcref.errors import (
 )
 from tests.conftest import Sites
 from tests.support.leaks import run_processes
+from tests.support.programs import environment
 from tests.support.tasks import blob_of, inc
 from tests.support.waiting import patience, wait_until
-
-ROOT: Final = Path(__file__).resolve().parents[2]
 
 SOON_S: Final = patience(10)
 """Within seconds."""
@@ -99,7 +98,7 @@ def never_started(home: Path) -> str:
     """An endpoint that was made, and does not run."""
     made = subprocess.run(
         [sys.executable, "-m", "endpoint_worker", "init", "idle"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         timeout=patience(30),
         check=False,
@@ -191,7 +190,7 @@ def test_a_client_of_another_protocol_version(two_sites: Sites, polaris: Executo
     """A process in which gcref has another version number, as after an upgrade on one side."""
     done = subprocess.run(
         [sys.executable, "-c", _OTHER_VERSION],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=patience(30),

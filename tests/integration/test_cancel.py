@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, wait
 from pathlib import Path
 from typing import Any, Final
@@ -19,22 +16,14 @@ import pytest
 from gcref import Client, ComputeFuture, Executor, LocalEndpoint
 from gcref.errors import DependencyError
 from tests.conftest import Sites
+from tests.support.programs import output_of
 from tests.support.tasks import Gate, hold, inc, touch
 from tests.support.waiting import patience, wait_until
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 WAIT_S: Final = patience(30)
 
 ANSWER_S: Final = 1.5
 """`cancel` answers within a second; the rest is for a busy machine."""
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    """A closed gate; opened at the end, so that no task is left waiting."""
-    found = Gate.at(tmp_path)
-    yield found
-    found.open()
 
 
 def fill(executor: Executor, gate: Gate) -> list[ComputeFuture[Any]]:
@@ -374,7 +363,9 @@ def test_c4_in_a_forked_child_every_use_is_an_error_and_the_parent_is_unharmed(
     two_sites: Sites, tmp_path: Path, endpoint: str, ending: str
 ) -> None:
     where = '"polaris"' if endpoint == "named" else 'user_endpoint_config={"workers": 2}'
-    said = run(_CHILD_OF_A_FORK.format(endpoint=where, gate=str(tmp_path / "gate"), ending=ending), tmp_path)
+    said = output_of(
+        _CHILD_OF_A_FORK.format(endpoint=where, gate=str(tmp_path / "gate"), ending=ending), tmp_path
+    )
     lines = dict(line.rsplit(" ", 1) for line in said.splitlines())
     assert lines.pop("known 2") == "True"
     assert lines.pop("soon") == "True"
@@ -386,7 +377,7 @@ def test_c4_in_a_forked_child_every_use_is_an_error_and_the_parent_is_unharmed(
 
 
 def test_c4_the_child_may_make_an_executor_of_its_own(two_sites: Sites, tmp_path: Path) -> None:
-    said = run(
+    said = output_of(
         """
         import os, sys, warnings
         import gcref
@@ -408,21 +399,3 @@ def test_c4_the_child_may_make_an_executor_of_its_own(two_sites: Sites, tmp_path
         tmp_path,
     )
     assert said.splitlines() == ["child 3", "private 4", "parent 5 0"]
-
-
-def run(text: str, folder: Path) -> str:
-    """What a program prints that ends in order and warns of nothing."""
-    path = folder / "program.py"
-    path.write_text(textwrap.dedent(text))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(path)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=patience(50),
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert done.stderr == "", f"{done.stdout}\n{done.stderr}"
-    return done.stdout

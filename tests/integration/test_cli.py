@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 import pytest
 
@@ -21,9 +20,8 @@ from gcref.carriers import keys
 from gcref.config import disk_dir, host_dir
 from gcref.directory import records
 from tests.support.leaks import run_processes
+from tests.support.programs import ROOT
 from tests.support.waiting import patience, wait_until
-
-ROOT: Final = Path(__file__).resolve().parents[2]
 
 
 class Said:
@@ -101,7 +99,7 @@ def test_the_life_of_an_endpoint(polaris: Path, home: Path) -> None:
         assert executor.submit(pow, 2, 10).result(timeout=patience(30)) == 1024
 
     shown = succeed("status", "polaris")
-    for word in ("polaris: running", str(record.pid), "1 idle", "1 submitted, 1 done", "store", "links"):
+    for word in ("polaris: running", str(record.pid), "idle", "1 submitted, 1 done", "store", "LINK"):
         assert word in shown, shown
     facts = json.loads(succeed("status", "polaris", "--json"))
     assert facts["alive"] is True

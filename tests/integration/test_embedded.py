@@ -19,6 +19,7 @@ import pytest
 import gcref
 from gcref import Client, Executor
 from gcref.errors import ConfigError, EndpointLostError, NotFoundError
+from tests.support.tasks import Gate, hold
 from tests.support.waiting import patience, wait_until
 
 WAIT_S = patience(30)
@@ -35,12 +36,6 @@ def script(text: str, *arguments: str, **environment: str) -> subprocess.Complet
         env={**os.environ, **environment},
         check=False,
     )
-
-
-def after(gate: str, value: Any = "value") -> Any:
-    while not os.path.exists(gate):
-        time.sleep(0.002)
-    return value
 
 
 def large(size: int = 1_000_000) -> bytes:
@@ -73,11 +68,11 @@ def test_live_values_come_here_before_it_ends() -> None:
     assert [len(future.result(0)) for future in kept] == [500_000 + number for number in range(5)]
 
 
-def test_shutdown_without_waiting_finishes_the_tasks(tmp_path: Path) -> None:
+def test_shutdown_without_waiting_finishes_the_tasks(gate: Gate) -> None:
     executor = Executor(user_endpoint_config=TWO_WORKERS)
-    futures = [executor.submit(after, str(tmp_path / "gate"), number) for number in range(4)]
+    futures = [executor.submit(hold, gate, number) for number in range(4)]
     executor.shutdown(wait=False)
-    (tmp_path / "gate").touch()
+    gate.open()
     assert [future.result(WAIT_S) for future in futures] == [0, 1, 2, 3]
 
 
@@ -125,10 +120,11 @@ def test_the_death_of_its_agent_ends_every_wait() -> None:
     executor.shutdown()
 
 
-def test_it_is_configured_by_a_table() -> None:
+def test_it_is_configured_by_a_table(gate: Gate) -> None:
     with Executor(user_endpoint_config={"workers": 3}) as executor:
-        gates = [executor.submit(time.sleep, 0.3) for _ in range(3)]
-        wait_until(lambda: all(future.running() for future in gates), what="three tasks to run at once")
+        held = [executor.submit(hold, gate) for _ in range(3)]
+        wait_until(lambda: all(future.running() for future in held), what="three tasks to run at once")
+        gate.open()
 
 
 def test_a_configuration_that_cannot_be_is_a_config_error() -> None:
@@ -212,15 +208,16 @@ def test_a_put_that_contains_a_future_keeps_it() -> None:
         assert found.done()
 
 
-def test_explain_and_record() -> None:
+def test_explain_and_record(gate: Gate) -> None:
     with Executor(user_endpoint_config={"workers": 1}) as executor:
-        running = executor.submit(time.sleep, 0.5)
+        running = executor.submit(hold, gate, 5)
         waiting = executor.submit(str, running)
         wait_until(running.running, what="the first task to run")
         assert waiting.task_id in waiting.explain()
         assert "ipc" in waiting.explain()
         assert "waiting" in waiting.explain()
-        assert waiting.result(WAIT_S) == "None"
+        gate.open()
+        assert waiting.result(WAIT_S) == "5"
         assert "done" in waiting.explain()
         record = waiting.record
         assert record is not None

@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -18,22 +15,14 @@ import pytest
 from gcref import Executor, LocalEndpoint
 from gcref.errors import EndpointLostError
 from tests.conftest import Sites
+from tests.support.programs import command_of, environment
 from tests.support.tasks import Gate, blob_of, fail, hold, inc, touch
 from tests.support.waiting import patience, wait_until
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 WAIT_S: Final = patience(30)
 
 EXIT_S: Final = 5.0
 """How long the end of an interpreter may be held up."""
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    """A closed gate; opened at the end, so that no task is left waiting."""
-    found = Gate.at(tmp_path)
-    yield found
-    found.open()
 
 
 def power(base: int, exponent: int) -> int:
@@ -159,16 +148,17 @@ def test_w6_large_values_are_there_after_the_with_block_of_a_named_endpoint(two_
     assert len(large.result(WAIT_S)) == 5_000_000
 
 
-def test_w6_shutdown_of_a_private_endpoint_that_cancels() -> None:
+def test_w6_shutdown_of_a_private_endpoint_that_cancels(gate: Gate) -> None:
     executor = Executor(user_endpoint_config={"workers": 1})
     first = executor.submit(inc, 1)
     first.result(WAIT_S)
-    running = executor.submit(time.sleep, 0.3)
+    running = executor.submit(hold, gate)
     wait_until(running.running, what="the task to run")
     queued = [executor.submit(inc, n) for n in range(10)]
+    queued[-1].add_done_callback(lambda _: gate.open())
     executor.shutdown(cancel_futures=True)
     assert all(f.cancelled() for f in queued)
-    assert running.result(0) is None
+    assert running.result(0) == 1
 
 
 # -------------------------------------------------------------------------------------------- end of the interpreter
@@ -190,12 +180,10 @@ class Said:
 
 def program(text: str, folder: Path) -> Said:
     """Runs a program with the arguments of a user; it prints "end" when its last line is done."""
-    path = folder / "program.py"
-    path.write_text("import gcref\nfrom tests.support.tasks import *\n" + textwrap.dedent(text))
     child = subprocess.Popen(
-        [sys.executable, "-W", "error", str(path)],
+        command_of(text, folder),
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -8,43 +8,25 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import psutil
 import pytest
 
 import gcref
 from gcref import Client, ComputeFuture, Executor, LocalEndpoint
-from tests.conftest import Sites
+from tests.conftest import Sites, Work
 from tests.support.endpoints import used_bytes, worker_pids
+from tests.support.tasks import Gate, fail, hold, identity, inc, touch
 from tests.support.waiting import patience, wait_until
 
 WAIT_S = patience(30)
 
 SOON_S = patience(5)
 """An error has no reason to take longer."""
-
-
-class Work(NamedTuple):
-    """A client of its own, with an executor at each site."""
-
-    client: Client
-    a: Executor
-    b: Executor
-
-
-@pytest.fixture
-def work(two_sites: Sites) -> Iterator[Work]:
-    with (
-        Client() as client,
-        Executor(two_sites.polaris.endpoint_id, client) as a,
-        Executor(two_sites.midway.endpoint_id, client) as b,
-    ):
-        yield Work(client, a, b)
 
 
 @pytest.fixture(scope="module")
@@ -54,30 +36,9 @@ def cooley(two_sites: Sites) -> Iterator[LocalEndpoint]:
         yield found
 
 
-def inc(x: int) -> int:
-    return x + 1
-
-
-def identity(value: Any) -> Any:
-    return value
-
-
-def fail(text: str) -> None:
+def fail_after(gate: Gate, text: str) -> None:
+    hold(gate)
     raise ValueError(text)
-
-
-def wait_for(path: str) -> None:
-    while not os.path.exists(path):
-        time.sleep(0.002)
-
-
-def fail_after(path: str, text: str) -> None:
-    wait_for(path)
-    raise ValueError(text)
-
-
-def touch(path: str, *_values: object) -> None:
-    pathlib.Path(path).touch()
 
 
 # ------------------------------------------------------------------------------------------------------------ E1
@@ -112,14 +73,14 @@ def test_e1_a_tasks_own_exception_with_traceback_and_note(work: Work, two_sites:
 
 
 def test_e2_a_chain_over_three_sites_whose_first_fails(
-    work: Work, cooley: LocalEndpoint, tmp_path: pathlib.Path
+    work: Work, cooley: LocalEndpoint, gate: Gate, tmp_path: pathlib.Path
 ) -> None:
-    gate, ran = tmp_path / "gate", tmp_path / "ran"
+    ran = tmp_path / "ran"
     with Executor(cooley.endpoint_id, work.client) as c:
-        first = work.a.submit(fail_after, str(gate), "the root")
+        first = work.a.submit(fail_after, gate, "the root")
         second = work.b.submit(touch, str(ran), first)
         third = c.submit(touch, str(ran), second)
-        gate.touch()
+        gate.open()
         with pytest.raises(ValueError, match="the root"):
             first.result(WAIT_S)
         for dependent, argument in ((second, first), (third, second)):
@@ -137,11 +98,12 @@ def test_e2_a_chain_over_three_sites_whose_first_fails(
 CHAIN_SCRIPT: Final = """
 import sys
 from gcref import Executor
-from tests.integration.test_errors import fail_after, touch
+from tests.integration.test_errors import fail_after
+from tests.support.tasks import Gate, touch
 
 names, group, gate, ran = sys.argv[1:4], *sys.argv[4:]
 a, b, c = [Executor(name, task_group_id=group) for name in names]
-first = a.submit(fail_after, gate, "the root")
+first = a.submit(fail_after, Gate(gate), "the root")
 second = b.submit(touch, ran, first)
 third = c.submit(touch, ran, second)
 while not first.running():
@@ -156,19 +118,19 @@ sys.stdin.read()
 
 
 def test_e2_also_while_the_client_is_dead(
-    two_sites: Sites, cooley: LocalEndpoint, tmp_path: pathlib.Path
+    two_sites: Sites, cooley: LocalEndpoint, gate: Gate, tmp_path: pathlib.Path
 ) -> None:
-    gate, ran, group = tmp_path / "gate", tmp_path / "ran", str(uuid.uuid4())
+    ran, group = tmp_path / "ran", str(uuid.uuid4())
     names = [two_sites.polaris.name, two_sites.midway.name, cooley.name]
     with subprocess.Popen(
-        [sys.executable, "-c", CHAIN_SCRIPT, *names, group, str(gate), str(ran)],
+        [sys.executable, "-c", CHAIN_SCRIPT, *names, group, gate.path, str(ran)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"submitted\n"
         process.send_signal(signal.SIGKILL)
-    gate.touch()
+    gate.open()
     with Client() as client:
         executors = [Executor(name, client, task_group_id=group) for name in names]
         found = [executor.reload_tasks() for executor in executors]

@@ -8,9 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.programs import ROOT
 
 
 def run(name: str, *arguments: str, folder: Path) -> str:
@@ -52,7 +50,6 @@ def test_two_sites(tmp_path: Path) -> None:
 
 
 def test_numpy_by_reference(tmp_path: Path) -> None:
-    pytest.importorskip("numpy")
     shown = run("02_numpy_by_reference.py", "--max-mb", "10", folder=tmp_path)
     for way in ("direct", "ipc"):
         for size in (1, 10):

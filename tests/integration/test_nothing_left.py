@@ -17,9 +17,8 @@ import pytest
 from gcref import Executor, LocalEndpoint
 from gcref.config import disk_dir, host_dir
 from tests.support.leaks import run_processes
+from tests.support.programs import ROOT, environment
 from tests.support.waiting import patience, wait_until
-
-ROOT: Final = Path(__file__).resolve().parents[2]
 
 CLIENT: Final = """
 import json, os, sys
@@ -57,7 +56,7 @@ def client(home: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]
     process = subprocess.Popen(
         [sys.executable, "-c", CLIENT],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

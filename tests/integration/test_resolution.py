@@ -5,11 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import os
 import pathlib
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
@@ -17,8 +15,9 @@ import numpy as np
 import pytest
 
 import gcref
-from gcref import Client, ComputeFuture, Executor, LocalEndpoint, ObjectRef
-from tests.conftest import Sites
+from gcref import ComputeFuture, Executor, LocalEndpoint, ObjectRef
+from tests.conftest import Sites, Work
+from tests.support.tasks import Gate, blob_of, fail, hold, inc
 from tests.support.waiting import patience, wait_until
 
 WAIT_S = patience(30)
@@ -34,55 +33,18 @@ class Box:
     content: Any
 
 
-class Work(NamedTuple):
-    """A client of its own, with an executor at each site."""
-
-    client: Client
-    a: Executor
-    b: Executor
-
-
-@pytest.fixture
-def work(two_sites: Sites) -> Iterator[Work]:
-    with (
-        Client() as client,
-        Executor(two_sites.polaris.endpoint_id, client) as a,
-        Executor(two_sites.midway.endpoint_id, client) as b,
-    ):
-        yield Work(client, a, b)
-
-
-def inc(x: int) -> int:
-    return x + 1
-
-
-def blob_of(size: int) -> bytes:
-    return os.urandom(size)
-
-
-def slow(path: str, value: Any = 1) -> Any:
-    """Ends when the file is there."""
-    while not os.path.exists(path):
-        time.sleep(0.002)
-    return value
-
-
-def fail(text: str) -> None:
-    raise ValueError(text)
-
-
-def test_r1_a_future_that_is_not_done_is_an_argument(work: Work, tmp_path: pathlib.Path) -> None:
-    gate, started = tmp_path / "gate", tmp_path / "started"
+def test_r1_a_future_that_is_not_done_is_an_argument(work: Work, gate: Gate, tmp_path: pathlib.Path) -> None:
+    started = tmp_path / "started"
 
     def note(x: int) -> int:
         started.touch()
         return x + 1
 
-    f = work.a.submit(slow, str(gate), 2)
+    f = work.a.submit(hold, gate, 2)
     g = work.a.submit(note, f)
     wait_until(f.running, what="the first task to run")
     assert not started.exists()
-    gate.touch()
+    gate.open()
     assert g.result(WAIT_S) == 3
 
 
@@ -138,9 +100,7 @@ def test_r4_in_a_partial_and_in_a_closure(work: Work) -> None:
     assert work.b.submit(lambda: f + 1).result(WAIT_S) == 43  # type: ignore[operator]
 
 
-def test_r5_a_reference_is_passed_and_the_task_starts_at_once(work: Work, tmp_path: pathlib.Path) -> None:
-    gate = tmp_path / "gate"
-
+def test_r5_a_reference_is_passed_and_the_task_starts_at_once(work: Work, gate: Gate) -> None:
     def name(ref: ObjectRef) -> str:
         return type(ref).__name__
 
@@ -150,11 +110,11 @@ def test_r5_a_reference_is_passed_and_the_task_starts_at_once(work: Work, tmp_pa
     def hand_on(ref: ObjectRef) -> ObjectRef:
         return ref
 
-    f = work.a.submit(slow, str(gate), 5)
+    f = work.a.submit(hold, gate, 5)
     assert work.b.submit(name, gcref.ref(f)).result(WAIT_S) == "ObjectRef"
     assert not f.done()
     opened = work.b.submit(open_it, f.ref())
-    gate.touch()
+    gate.open()
     assert opened.result(WAIT_S) == 6
     again = work.b.submit(hand_on, f.ref()).result(WAIT_S)
     assert again == f.ref()
@@ -164,7 +124,7 @@ def test_r5_a_reference_is_passed_and_the_task_starts_at_once(work: Work, tmp_pa
 
 
 def test_r6_arguments_that_are_done_failed_cancelled_or_foreign(
-    work: Work, two_sites: Sites, tmp_path: pathlib.Path
+    work: Work, two_sites: Sites, gate: Gate
 ) -> None:
     done = work.a.submit(inc, 1)
     done.result(WAIT_S)
@@ -174,12 +134,12 @@ def test_r6_arguments_that_are_done_failed_cancelled_or_foreign(
     with pytest.raises(gcref.errors.DependencyError) as caught:
         work.b.submit(inc, failed).result(WAIT_S)
     assert isinstance(caught.value.__cause__, ValueError)
-    blocked = work.a.submit(slow, str(tmp_path / "gate"))
+    blocked = work.a.submit(hold, gate)
     waiting = work.a.submit(inc, blocked)
     assert waiting.cancel()
     with pytest.raises(gcref.errors.DependencyError):
         work.b.submit(inc, waiting).result(WAIT_S)
-    (tmp_path / "gate").touch()
+    gate.open()
     with Executor(two_sites.polaris.endpoint_id) as other:
         assert work.b.submit(inc, other.submit(inc, 1)).result(WAIT_S) == 3
     with ThreadPoolExecutor(1) as pool:

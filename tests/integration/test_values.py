@@ -8,7 +8,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,8 +19,10 @@ from numpy.typing import NDArray
 
 import gcref
 from gcref import Client, ComputeFuture, Executor, LocalEndpoint
-from tests.conftest import Sites
+from tests.conftest import Sites, Work
 from tests.support.endpoints import host_folder, shared_bytes, store_of, worker_pids
+from tests.support.programs import output_of
+from tests.support.tasks import identity, inc
 from tests.support.waiting import patience
 
 WAIT_S = patience(30)
@@ -31,24 +32,6 @@ CARRIERS: Final = ("ipc", "direct")
 KB: Final = 1024
 MB: Final = 1024 * KB
 GB: Final = 1024 * MB
-
-
-class Work(NamedTuple):
-    """A client of its own, with an executor at each of two sites."""
-
-    client: Client
-    a: Executor
-    b: Executor
-
-
-@pytest.fixture
-def work(two_sites: Sites) -> Iterator[Work]:
-    with (
-        Client() as client,
-        Executor(two_sites.polaris.endpoint_id, client) as a,
-        Executor(two_sites.midway.endpoint_id, client) as b,
-    ):
-        yield Work(client, a, b)
 
 
 @pytest.fixture(scope="module", params=CARRIERS)
@@ -78,14 +61,6 @@ def work_by(carrier: str, sites_by: tuple[LocalEndpoint, LocalEndpoint]) -> Iter
         Executor(there.endpoint_id, client) as b,
     ):
         yield Work(client, a, b)
-
-
-def identity(value: Any) -> Any:
-    return value
-
-
-def inc(x: int) -> int:
-    return x + 1
 
 
 # ------------------------------------------------------------------------------------------------------------ V1
@@ -292,20 +267,9 @@ if __name__ == "__main__":
 """
 
 
-def run_script(folder: pathlib.Path, text: str, *arguments: str) -> str:
-    """What a script prints that was run as a user runs one; it must end well."""
-    script = folder / "script.py"
-    script.write_text(text)
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=WAIT_S, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_v3_classes_of_main(two_sites: Sites, tmp_path: pathlib.Path) -> None:
     names = (two_sites.polaris.name, two_sites.midway.name)
-    assert run_script(tmp_path, MAIN_SCRIPT, *names) == "fine\n"
+    assert output_of(MAIN_SCRIPT, tmp_path, *names) == "fine\n"
 
 
 # ------------------------------------------------------------------------------------------------------------ V4

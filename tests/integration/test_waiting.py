@@ -11,7 +11,6 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,14 +21,6 @@ from tests.support.tasks import Gate, blob_of, fail, hold, inc
 from tests.support.waiting import patience, wait_until
 
 WAIT_S = patience(30)
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    """A closed gate; opened at the end, so that no task is left waiting."""
-    found = Gate.at(tmp_path)
-    yield found
-    found.open()
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import os
 import pathlib
 import signal
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import psutil
 import pytest
 
@@ -16,16 +17,23 @@ from gcref import Executor, LocalEndpoint
 from gcref.errors import WalltimeExceededError, WorkerLostError
 from tests.support.deaths import (
     DeadlyArgument,
+    EndlessArgument,
+    NotedDeath,
     crash,
     die_noted,
     fail_noted,
     give_and_die,
     give_deadly,
+    give_endless,
+    give_noted_death,
     inc,
     leave,
     runs,
     shoot_oneself,
+    size_of,
     speak_and_die,
+    take_memory,
+    take_memory_and_abort,
     wait_forever,
 )
 from tests.support.endpoints import used_bytes, worker_pids
@@ -147,6 +155,76 @@ def test_f1_death_while_the_result_is_pickled(executor: Executor, padding: int) 
     assert isinstance(error, WorkerLostError)
     assert error.exit_code == 6
     wait_until(lambda: is_whole(executor), what="a new worker")
+
+
+@pytest.mark.parametrize("where", ["unpickling", "pickling"])
+def test_f1_a_walltime_holds_also_before_and_after_the_function(executor: Executor, where: str) -> None:
+    limited = executor.options(walltime_s=0.3)
+    f: gcref.ComputeFuture[Any]
+    if where == "unpickling":
+        f = limited.submit(inc, EndlessArgument())
+    else:
+        f = limited.submit(give_endless)
+    assert isinstance(f.exception(0.3 + NOTICED_S), WalltimeExceededError)
+    wait_until(lambda: is_whole(executor), what="a new worker")
+
+
+def test_f1_a_walltime_ends_a_worker_that_is_stopped(executor: Executor, tmp_path: pathlib.Path) -> None:
+    """Not even its threads run: only its process can be ended."""
+    path = tmp_path / "runs"
+    f = executor.options(walltime_s=1.0).submit(wait_forever, str(path))
+    (pid,) = wait_until(lambda: runs(path), what="the task to run")
+    os.kill(pid, signal.SIGSTOP)
+    assert isinstance(f.exception(1.0 + NOTICED_S), WalltimeExceededError)
+    wait_until(lambda: not psutil.pid_exists(pid), what="its process to end")
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+@pytest.mark.parametrize("where", ["unpickling", "pickling"])
+def test_f1_an_attempt_is_one_wherever_it_ends(
+    executor: Executor, tmp_path: pathlib.Path, where: str, retries: int
+) -> None:
+    path = tmp_path / "deaths"
+    patient = executor.options(retries=retries)
+    f: gcref.ComputeFuture[Any]
+    if where == "unpickling":
+        f = patient.submit(inc, NotedDeath(str(path), argument=True))
+    else:
+        f = patient.submit(give_noted_death, str(path))
+    assert isinstance(f.exception(WAIT_S), WorkerLostError)
+    assert len(runs(path)) == retries + 1
+
+
+# ------------------------------------------------------------------------------------------------- the memory limit
+
+LIMIT_BYTES: Final = 256 << 20
+
+
+@pytest.fixture(scope="module")
+def small(_nothing_left: None) -> Iterator[LocalEndpoint]:
+    config = {"worker_memory_bytes": "256 MiB"}
+    with LocalEndpoint("small", workers=1, config=config) as found:
+        yield found
+
+
+def test_f1_a_task_over_the_memory_limit_gets_a_memory_error(small: LocalEndpoint) -> None:
+    """And its worker takes the next one."""
+    with Executor(small.endpoint_id) as executor:
+        (pid,) = worker_pids("small")
+        assert isinstance(executor.submit(take_memory, 2 * LIMIT_BYTES).exception(WAIT_S), MemoryError)
+        assert executor.submit(take_memory, LIMIT_BYTES // 2).result(WAIT_S) == LIMIT_BYTES // 2
+        assert worker_pids("small") == {pid}
+        big = executor.put(np.ones(2 * LIMIT_BYTES, np.uint8))
+        assert executor.submit(size_of, big).result(WAIT_S) == 2 * LIMIT_BYTES, "it is in the store"
+
+
+def test_f1_a_death_of_want_of_memory_is_typed(small: LocalEndpoint) -> None:
+    with Executor(small.endpoint_id) as executor:
+        error = executor.submit(take_memory_and_abort, 2 * LIMIT_BYTES).exception(NOTICED_S)
+        assert isinstance(error, WorkerLostError)
+        assert error.signal == signal.SIGABRT
+        assert "bad_alloc" in error.stderr
+        assert executor.submit(inc, 1).result(WAIT_S) == 2
 
 
 def test_f1_death_in_the_middle_of_a_large_result_leaves_no_bytes(

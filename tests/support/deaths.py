@@ -73,6 +73,71 @@ class DeadlyArgument:
         return os._exit, (5,)
 
 
+def sleep_forever() -> None:
+    """As `wait_forever`, without a note."""
+    while True:
+        time.sleep(1)
+
+
+class EndlessArgument:
+    """Whoever unpickles it never gets done."""
+
+    def __reduce__(self) -> Any:
+        return sleep_forever, ()
+
+
+class EndlessResult:
+    """Whoever pickles it never gets done."""
+
+    def __reduce__(self) -> Any:
+        sleep_forever()
+        raise AssertionError
+
+
+def give_endless() -> EndlessResult:
+    return EndlessResult()
+
+
+def note_and_die(path: str) -> None:
+    note(path)
+    os._exit(5)
+
+
+class NotedDeath:
+    """Ends whoever unpickles it (`argument`), or whoever pickles it, and notes that in a file."""
+
+    def __init__(self, path: str, argument: bool = False) -> None:
+        self._path = path
+        self._argument = argument
+
+    def __reduce__(self) -> Any:
+        if self._argument:
+            return note_and_die, (self._path,)
+        note_and_die(self._path)
+        raise AssertionError
+
+
+def give_noted_death(path: str) -> NotedDeath:
+    return NotedDeath(path)
+
+
+def size_of(array: Any) -> int:
+    return int(array.nbytes)
+
+
+def take_memory(size: int) -> int:
+    return len(bytearray(size))
+
+
+def take_memory_and_abort(size: int) -> None:
+    """As a library in C++ does whose `new` fails, and nobody catches it."""
+    try:
+        bytearray(size)
+    except MemoryError:
+        os.write(2, b"terminate called after throwing an instance of 'std::bad_alloc'\n")
+        os.abort()
+
+
 class DeadlyResult:
     """Ends whoever pickles it."""
 

@@ -33,30 +33,36 @@ _QUEUE_PIECES: Final = 64
 class Proxy:
     """Listens on a port of this machine and passes everything on to `target`, until told otherwise.
 
+    Args:
+        target: where to pass it on to, `tcp://host:port`.
+        at: where to listen, `tcp://127.0.0.2:port`; None: at any port of 127.0.0.1.
+        delay_s: seconds by which every piece is held back.
+
     Attributes:
-        address: what to dial, `tcp://127.0.0.1:port`. It stays the same when the link is cut and restored.
+        target: where new connections are passed on to. It may be changed at any time.
+        address: what to dial. It stays the same when the link is cut and restored.
         delay_s: seconds by which every piece is held back, in both directions. It may be changed at any time.
         bytes_up: bytes passed from those who dial to the target.
         bytes_down: bytes passed back.
         connections: how many were accepted, ever.
     """
 
-    def __init__(self, target: str, *, delay_s: float = 0.0) -> None:
-        host, _, port = target.removeprefix("tcp://").rpartition(":")
-        self._target = (host, int(port))
+    def __init__(self, target: str, *, at: str | None = None, delay_s: float = 0.0) -> None:
+        self.target = target
         self.delay_s = delay_s
         self.bytes_up = 0
         self.bytes_down = 0
         self.connections = 0
+        self._listener: socket.socket | None = None
         self._links: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
         self._flowing = asyncio.Event()
         self._flowing.set()
         # Bound for the whole time and never listening: the port stays ours while the link is cut.
-        self._reserved = _bound_socket(0)
-        self._port: int = self._reserved.getsockname()[1]
-        self.address = f"tcp://127.0.0.1:{self._port}"
+        wanted_host, wanted_port = _host_and_port(at or "tcp://127.0.0.1:0")
+        self._reserved = _bound_socket(wanted_host, wanted_port)
+        self._place: tuple[str, int] = self._reserved.getsockname()
+        self.address = f"tcp://{wanted_host}:{self._place[1]}"
         self._thread = threading.Thread(target=self._loop.run_forever, name="test-proxy", daemon=True)
         self._thread.start()
         self._do(self._listen)
@@ -99,17 +105,26 @@ class Proxy:
         return asyncio.run_coroutine_threadsafe(work(*args), self._loop).result(timeout=10)
 
     async def _listen(self) -> None:
-        if self._server is None:
-            self._server = await asyncio.start_server(self._accept, sock=_bound_socket(self._port))
+        if self._listener is None:
+            # Not a server of asyncio: one that is closed while it accepts leaves a socket open.
+            self._listener = _bound_socket(*self._place)
+            self._listener.setblocking(False)
+            self._listener.listen(100)
+            self._loop.add_reader(self._listener, self._accept, self._listener)
 
     async def _shut(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        links = list(self._links)
-        for link in links:
-            link.cancel()
-        await asyncio.gather(*links, return_exceptions=True)
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+        # Also those that were accepted a moment ago, whose tasks have not begun: only once they have, they can be ended.
+        ended: set[asyncio.Task[None]] = set()
+        while len(asyncio.all_tasks()) > 1:
+            for link in self._links - ended:
+                link.cancel()
+            ended |= self._links
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # what was aborted is closed in the next turn of the loop
 
     async def _set_flowing(self, flowing: bool) -> None:
         if flowing:
@@ -117,21 +132,30 @@ class Proxy:
         else:
             self._flowing.clear()
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        link = asyncio.current_task()
-        assert link is not None
-        self._links.add(link)
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            taken, _ = listener.accept()
+        except OSError:
+            return  # whoever came has gone again
         self.connections += 1
+        link = self._loop.create_task(self._pass_on(taken))
+        self._links.add(link)
+        link.add_done_callback(self._links.discard)
+        link.add_done_callback(lambda _: taken.close())  # it may be cancelled before it begins
+
+    async def _pass_on(self, taken: socket.socket) -> None:
+        writer: asyncio.StreamWriter | None = None
         there: asyncio.StreamWriter | None = None
         try:
-            back, there = await asyncio.open_connection(*self._target)
+            taken.setblocking(False)
+            reader, writer = await asyncio.open_connection(sock=taken)
+            back, there = await asyncio.open_connection(*_host_and_port(self.target))
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._pump(reader, there, "bytes_up"))
                 group.create_task(self._pump(back, writer, "bytes_down"))
         except (asyncio.CancelledError, OSError, ExceptionGroup):
             pass  # cut, or one side went away: both connections end
         finally:
-            self._links.discard(link)
             for end in (writer, there):
                 if end is not None:
                     end.transport.abort()
@@ -189,9 +213,14 @@ def _tcp_of(addresses: tuple[str, ...]) -> str:
     return next(address for address in addresses if address.startswith("tcp://"))
 
 
-def _bound_socket(port: int) -> socket.socket:
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    return host, int(port)
+
+
+def _bound_socket(host: str, port: int) -> socket.socket:
     found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    found.bind(("127.0.0.1", port))
+    found.bind((host, port))
     return found

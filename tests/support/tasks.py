@@ -42,7 +42,11 @@ def blob_of(size: int) -> bytes:
     return os.urandom(size)
 
 
-def hold(gate: Gate, value: Any = 1) -> Any:
+def identity(value: Any) -> Any:
+    return value
+
+
+def hold(gate: Gate, value: Any = 1, *_after: Any) -> Any:
     """Returns the value once the gate is open."""
     wait_until(lambda: os.path.exists(gate.path), timeout_s=60, what="the gate to be opened")
     return value

@@ -53,12 +53,18 @@ def test_a_home_that_cannot_be_made_is_a_config_error(
 
 
 def test_without_any_setting_there_are_defaults(home: Path) -> None:
-    assert config.client_config() == (None, None, frozenset(("ipc", "direct", "broker")))
+    assert config.client_config() == (None, None, frozenset(("ipc", "direct", "broker")), 600.0, 5.0)
 
 
 def test_the_file_is_read(home: Path) -> None:
-    write(home, 'hub_url = "https://hub.example.org"\ntoken = "secret"\ncarriers = ["direct"]\n')
-    assert config.client_config() == ("https://hub.example.org", "secret", frozenset(("direct",)))
+    write(
+        home,
+        'hub_url = "https://hub.example.org"\ntoken = "secret"\ncarriers = ["direct"]\n'
+        "endpoint_lost_s = 30\nheartbeat_s = 0.5\n",
+    )
+    assert config.client_config() == (
+        "https://hub.example.org", "secret", frozenset(("direct",)), 30.0, 0.5,
+    )  # fmt: skip
 
 
 def test_the_environment_wins_over_the_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +72,8 @@ def test_the_environment_wins_over_the_file(home: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("GCREF_HUB_URL", "http://other.example.org")
     monkeypatch.setenv("GCREF_TOKEN", "other")
     monkeypatch.setenv("GCREF_CARRIERS", "ipc, broker")
-    assert config.client_config() == ("http://other.example.org", "other", frozenset(("ipc", "broker")))
+    found = config.client_config()
+    assert found[:3] == ("http://other.example.org", "other", frozenset(("ipc", "broker")))
 
 
 def test_the_token_is_not_in_the_representation(home: Path) -> None:
@@ -86,6 +93,11 @@ def test_the_token_is_not_in_the_representation(home: Path) -> None:
         ("carriers = []", "carriers"),
         ("carriers = ['pigeon']", "carriers"),
         ("carriers = [7]", "carriers"),
+        ("endpoint_lost_s = 'soon'", "endpoint_lost_s"),
+        ("endpoint_lost_s = -1", "endpoint_lost_s"),
+        ("heartbeat_s = 0", "heartbeat_s"),
+        ("heartbeat_s = inf", "heartbeat_s"),
+        ("heartbeat_s = true", "heartbeat_s"),
         ("this is no TOML", None),
         ("[client]\ntoken = 'a'", "client"),
     ],

@@ -50,6 +50,7 @@ def test_each_line_of_the_fresh_file_works_when_its_mark_is_taken_away() -> None
         "workers",
         "store_limit_bytes",
         "omp_threads",
+        "worker_memory_bytes",
         "advertise",
         "spill_dir",
         "worker_env",
@@ -74,6 +75,7 @@ def test_each_line_of_the_fresh_file_works_when_its_mark_is_taken_away() -> None
         ("spill_dir", "/scratch/me", Path("/scratch/me")),
         ("heartbeat_s", 1, 1.0),
         ("adopt_s", 0, 0.0),
+        ("store_wait_s", 0.5, 0.5),
         ("worker_env", {"A_1": "x y"}, {"A_1": "x y"}),
         ("gpus", 2, ("0", "1")),
         ("gpus", [3, "GPU-8f6d"], ("3", "GPU-8f6d")),
@@ -205,17 +207,26 @@ def test_addresses_that_others_are_told() -> None:
 def test_the_environment_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = endpoint_config.cpu_count()
-    assert EndpointConfig(workers=1).environment(0) == {"OMP_NUM_THREADS": str(cores)}
-    assert EndpointConfig(workers=2 * cores).environment(0)["OMP_NUM_THREADS"] == "1"
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert EndpointConfig(workers=1).environment(0)["OMP_NUM_THREADS"] == "7"
-    assert EndpointConfig(omp_threads=3).environment(0)["OMP_NUM_THREADS"] == "3"
-    devices = [
-        EndpointConfig(gpus=("0", "1")).environment(worker)["CUDA_VISIBLE_DEVICES"] for worker in range(4)
-    ]
-    assert devices == ["0", "1", "0", "1"]
-    # What is said by name comes last.
-    assert EndpointConfig(worker_env={"OMP_NUM_THREADS": "5"}).environment(0)["OMP_NUM_THREADS"] == "5"
+    assert EndpointConfig(workers=1).environment(1) == {"OMP_NUM_THREADS": str(cores)}
+    assert EndpointConfig(workers=2 * cores).environment(1)["OMP_NUM_THREADS"] == "1"
+    assert EndpointConfig(omp_threads=3).environment(1)["OMP_NUM_THREADS"] == "3"
+    said = {"OMP_NUM_THREADS": "5", "MPLBACKEND": "Agg"}
+    assert EndpointConfig(worker_env=said).environment(1) == said
+    # The key is about nothing else, so it is meant.
+    assert EndpointConfig(worker_env=said, omp_threads=3).environment(1) == said | {"OMP_NUM_THREADS": "3"}
+    for inherited in ("7", "4,2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", inherited)
+        assert EndpointConfig(workers=1).environment(1) == {}, "it has the agent's"
+        assert EndpointConfig(omp_threads=3).environment(1) == {"OMP_NUM_THREADS": "3"}
+
+
+def test_devices_are_dealt_out_to_the_workers_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = EndpointConfig(gpus=("a", "b"), worker_env={"CUDA_VISIBLE_DEVICES": "all"})
+    for worker, device in enumerate("abab", start=1):
+        assert settings.environment(worker) == dict.fromkeys(
+            ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"), device
+        )
 
 
 def test_secrets_of_the_environment_are_not_shown() -> None:

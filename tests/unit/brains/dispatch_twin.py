@@ -76,6 +76,11 @@ class FakeWorker:
         self.exited = False
         self.made: set[Task] = set()
         self.unsent: list[tuple[Any, ...]] = []
+        # What an agent that comes later finds, and what becomes of it.
+        self.noted: list[tuple[Any, ...]] = []
+        self.lent = False
+        self.asked_to_block = False
+        self.epoch = 0
         self.started: list[Task] = []
         self.refused: list[Task] = []
 
@@ -100,14 +105,31 @@ class FakeWorker:
             self.queue = deque(entry for entry in self.queue if entry[0] not in revoked)
         elif isinstance(message, ev.Slot):
             assert self.wants_slot
-            self.blocked = self.wants_slot = False
+            self.blocked = self.wants_slot = self.lent = False
         elif isinstance(message, ev.Deadlocked):
             assert self.blocked
             self.refused.append(message.task)
-            self.blocked = self.wants_slot = False
+            self.blocked = self.wants_slot = self.asked_to_block = False
+        elif message == "LENT":
+            self.lent, self.asked_to_block = True, False
+        elif isinstance(message, tuple) and message[0] == "ADOPT":
+            self.rejoin(message[1])
         elif isinstance(message, ev.Retire):
             assert not self.running
             self.exited = True
+
+    def rejoin(self, epoch: int) -> None:
+        """ADOPT: forget what is held, tell all again."""
+        self.queue.clear()
+        self.asking = False
+        self.unsent.clear()
+        running = self.running[0] if self.running is not None else 0
+        self.outbox.append(("DONE", list(self.noted)))
+        self.outbox.append(("ADOPTED", epoch, running, self.page, self.lent))
+        if self.running is not None and self.asked_to_block:
+            self.outbox.append(("BLOCKED", self.running[1]))
+        if self.running is not None and self.wants_slot:
+            self.outbox.append(("RESUME", self.running[1]))
 
     def read_all(self) -> bool:
         """Read until the worker has exited (True) or nothing is left."""
@@ -147,6 +169,7 @@ class FakeWorker:
         if inline:
             self.made.add(task)
         self.unsent.append((seq, task.id, 1, 0, b"", 0.0, duration, None, None))
+        self.noted.append(self.unsent[-1])
         return task
 
     def flush(self) -> None:
@@ -156,7 +179,7 @@ class FakeWorker:
 
     def block(self) -> None:
         assert self.running is not None
-        self.blocked = True
+        self.blocked = self.asked_to_block = True
         self.flush()
         self.outbox.append(("BLOCKED", self.running[1]))
         if self.queue:
@@ -182,6 +205,8 @@ def to_event(number: int, message: tuple[Any, ...], now: float) -> ev.Event:
             return ev.Blocked(number, task, now)
         case ("RESUME", task):
             return ev.Resume(number, task, now)
+        case ("ADOPTED", _, running, last, lent):
+            return ev.Rejoined(number, running, last, lent, now)
     raise AssertionError(message)
 
 

@@ -46,6 +46,7 @@ class Site:
         self.store: dict[bytes, bytes] = {}
         self.runnable: list[Task] = []
         self.pulls: list[ev.Pull] = []
+        self.attempts: dict[bytes, int] = {}  # of what is in the store
         self.runs: dict[bytes, int] = defaultdict(int)
         self.pulled: dict[bytes, int] = defaultdict(int)
         self.seq = itertools.count(1)
@@ -67,6 +68,10 @@ class Site:
                     self.world.post(self.id, home, [m.UNSUBSCRIBE, b"".join(ids)])
                 case ev.Forget(party, ids):
                     self.world.post(self.id, party, [m.FORGET, b"".join(ids)])
+                case ev.Pins(home, ids, more):
+                    self.world.post(self.id, home, [m.PINS, b"".join(ids), more])
+                case ev.Relay(home, message):
+                    self.world.post(self.id, home, message)
                 case ev.Pull():
                     self.pulls.append(instruction)
                 case ev.CancelPull(id):
@@ -77,8 +82,9 @@ class Site:
                     for id in ids:
                         self.store.pop(id, None)
                 case ev.Stored(items):
-                    for id, _attempt, path, _size in items:
+                    for id, attempt, path, _size in items:
                         self.store[id] = self.world.written.pop(path)
+                        self.attempts[id] = attempt
                 case ev.Discard(paths):
                     for path in paths:
                         self.world.written.pop(path, None)
@@ -126,6 +132,7 @@ class Site:
         reader = ev.Who(self.id, "peer", b"p" * 40, "endpoint")
         found = source.resolver.readable(pull.obj.id, reader, pull.obj.extra.token)
         self.store[pull.obj.id] = source.store[found.id]
+        self.attempts[pull.obj.id] = pull.obj.attempt
         self.pulled[pull.obj.id] += 1
         self.handle(ev.Pulled([(pull.obj.id, pull.obj.attempt, "direct", pull.obj.size, None)]))
 
@@ -146,18 +153,22 @@ class World:
         failing: float = 0.15,
         big: float = 0.3,
         alias: float = 0.1,
+        retries: int = 0,
+        site: type[Site] = Site,
     ) -> None:
         self.dice = dice
         self.now = 1.0
         self.odds = (failing, big, alias)
+        self.opts: dict[str, Any] = {"retries": retries} if retries else {}
         self.queues: dict[tuple[bytes, bytes], deque[list[Any]]] = defaultdict(deque)
         self.written: dict[str, bytes] = {}
-        self.sites = {name: Site(name, self) for name in (b"%c" % (65 + i) * 16 for i in range(sites))}
+        self.sites = {name: site(name, self) for name in (b"%c" % (65 + i) * 16 for i in range(sites))}
         self.home: dict[bytes, bytes] = {}
         self.deps: dict[bytes, list[bytes]] = {}
         self.fate: dict[bytes, tuple[str, Any]] = {}
         self.outcome: dict[bytes, tuple[int, Any]] = {}
         self.redirected: dict[bytes, list[bytes]] = defaultdict(list)  # target: futures that follow it
+        self.released: set[bytes] = set()
         self.count = 0
 
     # ------------------------------------------------------------------------------------------- the network
@@ -229,15 +240,19 @@ class World:
             self.fate[id] = ("value", dice.random() < big)
         self.home[id], self.deps[id] = home, deps
         packed = b"".join(ref_to(dep, self.home[dep]) for dep in deps) or None
-        self.post(CLIENT, home, [m.SUBMIT, home, GROUP, SECRET, {}, [], [[id, -1, b"p", packed, None, None]]])
+        self.post(
+            CLIENT, home, [m.SUBMIT, home, GROUP, SECRET, self.opts, [], [[id, -1, b"p", packed, None, None]]]
+        )
         return id
 
     def client_takes(self, sender: bytes, message: list[Any]) -> None:
-        """The client hears of outcomes."""
+        """The client hears of outcomes, and fetches what is large."""
         for id, status, value, _attempt, _record in message[1]:
-            if status == m.PENDING:
+            if status == m.PENDING or (status == m.STORED and id not in self.bytes_at(sender)):
                 continue
             if status == m.ALIAS:
+                if id in self.released:
+                    continue
                 target, home = value[:16], value[16:32]
                 self.redirected[target].append(id)
                 self.post(CLIENT, home, [m.SUBSCRIBE, home, [[target, value[32:], None, False]]])
@@ -258,6 +273,7 @@ class World:
 
     def release(self, ids: list[bytes]) -> None:
         """The client drops these futures."""
+        self.released.update(ids)
         for id in ids:
             self.post(CLIENT, self.home[id], [m.UNSUBSCRIBE, id])
 

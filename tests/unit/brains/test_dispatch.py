@@ -217,7 +217,7 @@ def test_measured_functions_are_forgotten_in_the_end() -> None:
         bench.dispatch.handle(ev.Ready([task], 0.0))
         bench.dispatch.handle(ev.Finished(1, [(task.seq, 0, 0, 0, 0, 0, 1e-6)], 0.0))
     bench.dispatch.validate()
-    assert bench.dispatch.describe()["functions_measured"] <= FUNCTIONS_MAX
+    assert bench.dispatch.describe({}, 0.0)["functions_measured"] <= FUNCTIONS_MAX
 
 
 # ------------------------------------------------------------------------------------------------------- chain-ahead
@@ -753,6 +753,138 @@ def test_a_withdrawn_task_can_be_made_ready_again() -> None:
     assert all("c" not in said for said in order)
 
 
+# --------------------------------------------------------------------------------------------------- adopted workers
+
+
+def test_adopted_workers_count_and_the_missing_are_started() -> None:
+    bench = Bench(3, up=False)
+    (a,) = bench.tasks("a")
+    assert bench.do(ev.Adopted([(7, a, 40, False), (8, None, 0, False)], bench.now)) == "spawn 1"
+    assert (a.state, a.worker, a.seq) == (DISPATCHED, 7, 40)
+    assert bench.dispatch.is_running(a)
+    assert bench.dispatch.is_up(8)
+
+
+def test_without_remains_all_processes_are_asked_for() -> None:
+    assert Bench(3, up=False).do(ev.Adopted([], 0.0)) == "spawn 3"
+
+
+def test_an_adopted_worker_gets_nothing_before_it_has_rejoined() -> None:
+    bench = Bench(2, up=False)
+    a, b, c, d = bench.tasks("a b c d")
+    assert bench.do(ev.Adopted([(1, a, 5, False), (2, None, 0, False)], bench.now)) == ""
+    assert bench.ready([b, c]) == ""
+    assert bench.finish(1, a, each_s=1.0) == "", "it has ended its task, but may not know us yet"
+    assert bench.do(ev.Rejoined(2, 0, 9, False, bench.now)) == "2<-b"
+    assert b.seq == 10, "no number of before is used again"
+    assert bench.do(ev.Rejoined(1, 0, 5, False, bench.now)) == "1<-c"
+    assert bench.finish(1, c, each_s=1.0) == ""
+    assert bench.ready([d]) == "1<-d"
+
+
+def test_a_running_task_goes_on_and_its_worker_takes_more_afterwards() -> None:
+    bench = Bench(1, up=False)
+    a, b = bench.tasks("a b")
+    bench.do(ev.Adopted([(1, a, 5, False)], bench.now))
+    assert bench.ready([b]) == ""
+    assert bench.do(ev.Rejoined(1, 5, 5, False, bench.now)) == ""
+    assert bench.finish(1, a) == "1<-b"
+
+
+def test_what_an_adopted_worker_does_not_run_after_all_is_queued_first() -> None:
+    """It had been about to start it, and asked: no attempt is lost."""
+    bench = Bench(1, up=False)
+    a, b = bench.tasks("a b")
+    bench.do(ev.Adopted([(1, a, 5, False)], bench.now))
+    bench.ready([b])
+    assert bench.do(ev.Rejoined(1, 0, 5, False, bench.now)) == "1<-a"
+    assert a.seq == 6
+
+
+def test_a_lent_slot_stays_lent() -> None:
+    bench = Bench(1, up=False)
+    a, b = bench.tasks("a b")
+    assert bench.do(ev.Adopted([(1, a, 5, True)], bench.now)) == ""
+    assert bench.ready([b]) == "spawn 1"
+    assert bench.up(2) == "2<-b"
+    assert bench.do(ev.Rejoined(1, 5, 5, True, bench.now)) == ""
+    assert bench.do(ev.Resume(1, a, bench.now)) == ""
+    assert bench.finish(2, b) == "slot 1"
+
+
+@pytest.mark.parametrize("lent_before", [False, True])
+def test_the_word_of_the_worker_counts_when_its_page_said_otherwise(lent_before: bool) -> None:
+    bench = Bench(1, up=False)
+    a, b = bench.tasks("a b")
+    bench.do(ev.Adopted([(1, a, 5, lent_before)], bench.now))
+    told = bench.do(ev.Rejoined(1, 5, 5, not lent_before, bench.now))
+    assert told == ""
+    assert bench.ready([b]) == ("" if lent_before else "spawn 1")
+
+
+def test_an_adopted_worker_that_runs_what_nobody_wants_is_busy() -> None:
+    """Its task was cancelled while it ran, or ended by its walltime; the kill has not come."""
+    bench = Bench(1, up=False)
+    (b,) = bench.tasks("b")
+    bench.do(ev.Adopted([(1, None, 0, False)], bench.now))
+    bench.ready([b])
+    assert bench.do(ev.Rejoined(1, 5, 5, False, bench.now)) == ""
+    rows = [(5, b"?" * 16, 1, 0, b"", 0.0, 1.0, None, None)]
+    assert bench.do(ev.Finished(1, rows, bench.now)) == "1<-b"
+
+
+def test_an_adopted_worker_that_dies_loses_its_task_and_is_replaced() -> None:
+    bench = Bench(2, up=False)
+    (a,) = bench.tasks("a")
+    bench.do(ev.Adopted([(1, a, 5, False), (2, None, 0, False)], bench.now))
+    assert bench.do(ev.WorkerDown(1, 5, bench.now)) == "lost a ; spawn 1"
+    assert bench.do(ev.WorkerDown(2, 0, bench.now)) == "spawn 1"
+    assert bench.do(ev.Rejoined(1, 5, 5, False, bench.now)) == "", "said before its end"
+
+
+def test_the_walltime_of_an_adopted_task_begins_anew() -> None:
+    bench = Bench(1, up=False)
+    (a,) = bench.tasks("a", options=Options(walltime_s=2.0))
+    bench.now = 100.0
+    bench.do(ev.Adopted([(1, a, 5, False)], bench.now))
+    bench.start(1, a)
+    assert bench.tick(1.9) == "started a"
+    assert bench.tick(0.2) == "overran 1 a"
+
+
+def test_more_may_have_lived_than_there_are_slots_now() -> None:
+    bench = Bench(1, max_extra=0, up=False)
+    a, b, c = bench.tasks("a b c")
+    assert bench.do(ev.Adopted([(1, a, 5, False), (2, b, 5, False)], bench.now)) == ""
+    bench.do(ev.Rejoined(1, 5, 5, False, bench.now))
+    bench.do(ev.Rejoined(2, 5, 5, False, bench.now))
+    bench.ready([c])
+    assert bench.finish(1, a) == ""
+    assert bench.finish(2, b).endswith("<-c")
+    assert bench.tick(5.0).startswith("retire") or bench.finish(2, c) == ""
+
+
+@pytest.mark.parametrize("what", ["twice", "a worker before", "queued", "rejoined twice"])
+def test_adoption_comes_once_and_first(what: str) -> None:
+    bench = Bench(2, up=False)
+    (a,) = bench.tasks("a")
+    event: ev.Event = ev.Adopted([(1, a, 5, False)], 0.0)
+    if what == "twice":
+        event = ev.Adopted([(1, None, 0, False), (1, a, 5, False)], 0.0)
+    elif what == "a worker before":
+        bench.up(1)
+    elif what == "queued":
+        bench.ready([a])
+    else:
+        bench.do(event)
+        event = ev.Rejoined(1, 5, 5, False, 0.0)
+        bench.do(event)
+    before = snapshot(bench.dispatch)
+    with pytest.raises(IllegalEventError):
+        bench.do(event)
+    assert snapshot(bench.dispatch) == before
+
+
 # ---------------------------------------------------------------------------------------------------------- legality
 
 
@@ -778,7 +910,7 @@ def test_an_illegal_event_tells_the_story_and_changes_nothing() -> None:
 
 
 def test_the_table_names_every_worker_event() -> None:
-    task_events = {ev.Ready, ev.Withdraw, ev.Cancel, ev.Tick}
+    task_events = {ev.Ready, ev.Withdraw, ev.Cancel, ev.Tick, ev.Adopted}
     assert set(TRANSITIONS) | task_events == set(get_args(ev.Event))
 
 
@@ -817,7 +949,9 @@ def test_any_event_in_any_state(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 40))):
         now += data.draw(st.sampled_from([0.0, 0.0001, 0.005, AFTER_LEASE_S, 0.06, 1.5, 6.0]))
         worker = data.draw(numbers)
-        kind = data.draw(st.sampled_from([*TRANSITIONS, ev.Ready, ev.Ready, ev.Withdraw, ev.Cancel, ev.Tick]))
+        kind = data.draw(
+            st.sampled_from([*TRANSITIONS, ev.Ready, ev.Ready, ev.Withdraw, ev.Cancel, ev.Tick, ev.Adopted])
+        )
         event: Any
         known = dispatch._workers.get(worker)
         seqs = list(known.held) if known is not None else []
@@ -832,6 +966,13 @@ def test_any_event_in_any_state(data: st.DataObject) -> None:
             event = ev.Finished(worker, [(seq, b"", 1, 0, b"", 0.0, duration) for seq in chosen], now)
         elif kind is ev.GaveBack:
             event = ev.GaveBack(worker, chosen, now)
+        elif kind is ev.Adopted:
+            runnable = [task for task in tasks if not task.missing]
+            left = data.draw(st.lists(st.tuples(numbers, st.sampled_from([None, *runnable]), st.booleans())))
+            event = ev.Adopted([(n, task, 50 + n, task is not None and lent) for n, task, lent in left], now)
+        elif kind is ev.Rejoined:
+            running = data.draw(st.sampled_from([0, 7, *seqs]))
+            event = ev.Rejoined(worker, running, max([9, *seqs]), data.draw(st.booleans()), now)
         elif kind in (ev.Blocked, ev.Resume):
             task = (
                 data.draw(st.sampled_from(tasks))
@@ -868,10 +1009,20 @@ def test_any_event_in_any_state(data: st.DataObject) -> None:
         dispatch.validate()
         due = dispatch.deadline
         assert due is None or dispatch._workers
-        dispatch.describe()
+        dispatch.describe({}, now)
 
 
 # ------------------------------------------------------------------------------------------------------ the twin
+
+
+def may_read(worker: FakeWorker) -> bool:
+    """Whether it looks at its messages: not in a task, unless that has asked something."""
+    return (
+        bool(worker.inbox)
+        and not worker.active
+        and not worker.exited
+        and (not worker.lent or worker.wants_slot)
+    )
 
 
 class Twin(RuleBasedStateMachine):
@@ -893,7 +1044,7 @@ class Twin(RuleBasedStateMachine):
         self.answers: dict[Task, bool] = {}
         self.asked: set[Task] = set()
         self.withdrawn: set[Task] = set()
-        self.came_up = False
+        self.epoch = 0
 
     def handle(self, event: ev.Event) -> None:
         again: list[Task] = []
@@ -971,14 +1122,15 @@ class Twin(RuleBasedStateMachine):
     @rule()
     def worker_up(self) -> None:
         self.to_spawn -= 1
-        self.workers[self.next_number] = FakeWorker(self.next_number)
+        self.workers[self.next_number] = worker = FakeWorker(self.next_number)
+        worker.epoch = self.epoch
         self.next_number += 1
         self.handle(ev.WorkerUp(self.next_number - 1, self.now))
 
     @rule(n=st.integers(0, 9))
     def read(self, n: int) -> None:
         worker = self.pick(n)
-        if worker is not None and worker.inbox and not worker.active and not worker.exited:
+        if worker is not None and may_read(worker):
             worker.read()
 
     @rule(n=st.integers(0, 9))
@@ -1019,13 +1171,56 @@ class Twin(RuleBasedStateMachine):
 
     def hear_from(self, worker: FakeWorker) -> None:
         message = worker.outbox.popleft()
+        if worker.epoch != self.epoch:
+            # What it said to the dead, but for results, it says again.
+            if message[0] == "ADOPTED" and message[1] == self.epoch:
+                worker.epoch = self.epoch
+            elif message[0] != "DONE":
+                return
+        if message[0] in ("BLOCKED", "RESUME") and message[1].worker != worker.number:
+            # Nobody's task any more: it may do as it likes until its process ends.
+            worker.tell("LENT" if message[0] == "BLOCKED" else ev.Slot(worker.number, True))
+            return
         self.handle(to_event(worker.number, message, self.now))
+        if message[0] == "BLOCKED" and self.dispatch._workers[worker.number].blocked is not None:
+            worker.tell("LENT")
         if message[0] == "DONE":
             for row in message[1]:
                 task = self.by_id[row[1]]
                 if task.state < DONE:
                     assert task.state == DISPATCHED
                     self.end(task, DONE)
+
+    @rule()
+    def agent_dies(self) -> None:
+        """Another agent begins with what the workers' pages say; messages on their way stay on their way."""
+        self.now += AFTER_LEASE_S  # leases have ended before it looks
+        self.epoch += 1
+        self.dispatch = Dispatch(self.SLOTS, max_extra=4, now=self.now)
+        self.to_spawn = 0
+        self.asked = set(self.answers)  # who asked for the others asks again
+        for worker in list(self.workers.values()):
+            if worker.exited:
+                del self.workers[worker.number]
+                continue
+            for row in worker.noted:
+                if self.by_id[row[1]].state < DONE:
+                    complete(self.by_id[row[1]])
+            worker.tell(("ADOPT", self.epoch))
+        for task in self.tasks:
+            if task.state < DONE:
+                task.state, task.worker, task.seq = WAITING, None, 0
+        left: list[tuple[int, Task | None, int, bool]] = []
+        for worker in self.workers.values():
+            if worker.running is not None and worker.running[1].state < DONE:
+                left.append((worker.number, worker.running[1], worker.running[0], worker.lent))
+            else:
+                left.append((worker.number, None, 0, False))
+        self.handle(ev.Adopted(left, self.now))
+        adopted = {task for _, task, _, _ in left}
+        ready = [t for t in self.tasks if t.state == WAITING and not t.missing and t not in adopted]
+        if ready:
+            self.handle(ev.Ready(ready, self.now))
 
     @rule(seconds=st.sampled_from([0.0001, 0.001, 0.005, AFTER_LEASE_S, 0.06, 1.2]))
     def pass_time(self, seconds: float) -> None:
@@ -1054,7 +1249,7 @@ class Twin(RuleBasedStateMachine):
     @rule(n=st.integers(0, 9))
     def resume(self, n: int) -> None:
         worker = self.pick(n)
-        if worker is not None and worker.blocked and not worker.wants_slot:
+        if worker is not None and worker.lent and not worker.wants_slot:
             worker.resume()
 
     @rule(pick=st.lists(st.integers(0, 200), min_size=1, max_size=4))
@@ -1076,7 +1271,8 @@ class Twin(RuleBasedStateMachine):
     def rules_hold(self) -> None:
         self.dispatch.validate()
         active = sum(w.active for w in self.workers.values())
-        assert active <= self.SLOTS, "more tasks run than there are slots"
+        beyond = sum(w.uninvited or w.away for w in self.dispatch._workers.values())
+        assert active <= self.SLOTS + (beyond if self.epoch else 0), "more tasks run than there are slots"
         for task, runs in self.runs.items():
             assert runs <= 1 + self.lost.get(task, 0), "a task ran twice"
             assert task not in self.withdrawn or runs <= 1 + self.lost.get(task, 0)
@@ -1090,15 +1286,16 @@ class Twin(RuleBasedStateMachine):
                 self.worker_up()
             quiet = True
             for worker in list(self.workers.values()):
-                while worker.inbox and not worker.active and not worker.exited:
+                while may_read(worker):
                     worker.read()
                     quiet = False
                 if worker.exited:
                     self.bury(worker)
                     quiet = False
                     continue
-                if worker.blocked and not worker.wants_slot:
+                if worker.lent and not worker.wants_slot:
                     worker.resume()
+                    quiet = False
                 if worker.active:
                     worker.finish(1e-6)
                     quiet = False

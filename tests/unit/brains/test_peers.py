@@ -311,6 +311,19 @@ def test_an_accepted_link_that_was_silent_is_used_again_when_it_is_heard(pair: P
     assert pair.a.got == [5]
 
 
+def test_the_accepting_side_of_a_frozen_link_finds_out_as_soon(pair: Pair) -> None:
+    """F4: within three heartbeats on both sides."""
+    met(pair)
+    (wire,) = pair.wires
+    began = pair.now
+    while not pair.b.news(pe.PeerDown):
+        pair.now += 0.25
+        pair.b.flush()
+        wire.back.clear()
+        assert pair.now - began <= 3 * HEARTBEAT_S, "not noticed"
+    assert pair.now - began == pytest.approx(3 * HEARTBEAT_S, abs=0.3)
+
+
 def test_who_was_stopped_oneself_does_not_judge_by_the_clock(pair: Pair) -> None:
     met(pair)
     pair.now += 1000.0
@@ -471,6 +484,22 @@ def test_the_carriers_refusal_is_told_once_and_tried_again_slowly(pair: Pair) ->
     assert pair.a.news() == [pe.AuthRefused(B, "b does not accept our key")]
     waits = [round(later[0] - earlier[0]) for earlier, later in itertools.pairwise(dials)]
     assert waits == [5, 10, 20, 40, 60]
+
+
+def test_who_has_shown_his_key_is_not_taken_for_another_because_a_tunnel_breaks_off(pair: Pair) -> None:
+    met(pair)
+    (wire,) = pair.wires
+    wire.lose(pair.now)
+    pair.a.handle(
+        pe.Refused(wire.dial.link, pair.now, "it has another key than the one expected", ours=False)
+    )
+    assert pair.a.news(pe.AuthRefused, pe.PeerDown) == [pe.PeerDown(B, "the connection was lost")]
+    pair.a.flush()
+    assert not wire.hung_up, "the carrier goes on trying"
+    assert "another key" in pair.a.peers.describe(B)["links"][0]["error"]
+    pair.a.send(1)
+    pair.settle()
+    assert pair.b.got == [1]
 
 
 def test_a_stranger_that_the_carrier_refused_is_told_once_per_key(pair: Pair) -> None:

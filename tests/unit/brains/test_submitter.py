@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from gcref.brains import submitter_events as ev
 from gcref.brains.submitter import NOT_RUNNING_S, Submitter
-from gcref.brains.submitter_table import SEEN_GONE, SEEN_RUNNING, SEEN_STOPPED, Lane, Stored
+from gcref.brains.submitter_table import LOOK_EVERY_S, SEEN_GONE, SEEN_RUNNING, SEEN_STOPPED, Lane, Stored
 from gcref.objects import failure as failures
 from gcref.wire import messages as m
 
@@ -560,6 +560,87 @@ def test_attach() -> None:
     shell.tell(ev.AttachAsked("failed", POLARIS, group, shell.now + 60, shell.now))
     said = shell.tell(ev.PeerFailed(POLARIS, failures.make("AuthError", "no")))
     assert ev.Answer("failed", ev.Failure(failures.make("AuthError", "no"))) in said
+
+
+def test_what_was_asked_is_asked_again_of_a_new_process() -> None:
+    """Its answer may have died with the old one; what it had taken, it knows."""
+    shell, lane, group = Shell(), lane_at(POLARIS), b"group:::::::::::"
+    shell.submit(*[task(lane, number) for number in range(5)])
+    shell.up(POLARIS)
+    shell.tell(ev.CancelAsked("soft", [id_of(0), id_of(1)], False, shell.now))
+    shell.tell(ev.CancelAsked("hard", [id_of(1), id_of(2)], True, shell.now))
+    shell.tell(ev.CancelAsked("answered", [id_of(3)], False, shell.now))
+    shell.tell(ev.Heard(POLARIS, [[m.CANCELLED, id_of(3), [False]]], shell.now))
+    shell.tick(2)  # the user has been answered; the requests stand
+    shell.tell(ev.AttachAsked("attach", POLARIS, group, shell.now + 60, shell.now))
+    shell.tell(ev.ExplainAsked("explain", 7, [id_of(4)], shell.now))
+    shell.tell(ev.PeerDown(POLARIS, "killed", shell.now))
+    assert shell.up(POLARIS, fresh=False) == [], "the network alone was away"
+    shell.tell(ev.PeerDown(POLARIS, "killed", shell.now))
+    assert shell.up(POLARIS) == [
+        ev.Send(POLARIS, [m.EXPLAIN, 7, id_of(4)]),
+        ev.Send(POLARIS, [m.ATTACH, group]),
+        ev.Send(POLARIS, [m.CANCEL, id_of(0), False]),
+        ev.Send(POLARIS, [m.CANCEL, id_of(1) + id_of(2), True]),
+    ]
+    assert sent(shell.submit(task(lane, 9)), m.FUNCTION) == [], "it knows the function"
+
+
+def test_the_first_meeting_repeats_nothing() -> None:
+    shell, group = Shell(), b"group:::::::::::"
+    shell.tell(ev.AttachAsked("attach", POLARIS, group, shell.now + 60, shell.now))
+    assert shell.up(POLARIS) == []
+
+
+def test_what_an_attach_has_pinned_is_let_go_of() -> None:
+    """By its futures; and when TASKS comes twice or too late, for what has none."""
+    shell, lane, group = Shell(), lane_at(POLARIS), b"group:::::::::::"
+    shell.tell(ev.AttachAsked("attach", POLARIS, group, shell.now + 60, shell.now))
+    shell.up(POLARIS)
+    tasks = [m.TASKS, group, bytes(32), [[id_of(1), "done"], [id_of(2), "done"]]]
+    assert shell.tell(ev.Heard(POLARIS, [tasks, tasks], shell.now)) == [
+        ev.Answer("attach", [bytes(32), tasks[3]])
+    ]
+    shell.tell(ev.PeerFull(POLARIS, True))
+    shell.tell(ev.Opened([(id_of(n), POLARIS, None, lane, f"future {n}") for n in (1, 2)], shell.now))
+    assert lane.open == 2
+    shell.tell(ev.Dropped([id_of(1)]))
+    shell.tell(ev.Heard(POLARIS, [[m.OUTCOME, [[id_of(1), m.OK, b"", 1, None]]]], shell.now))
+    assert sent(shell.said, m.UNSUBSCRIBE) == [[m.UNSUBSCRIBE, id_of(1)]], "also before it was subscribed to"
+    said = shell.tell(ev.Heard(POLARIS, [tasks], shell.now))
+    assert said == [ev.Send(POLARIS, [m.UNSUBSCRIBE, id_of(1)])]
+
+
+def test_bytes_that_were_made_again_are_taken_from_the_later_attempt() -> None:
+    shell, lane = Shell(), lane_at(POLARIS)
+    shell.submit(task(lane, 1), task(lane, 2))
+    shell.up(POLARIS)
+    shell.outcome(POLARIS, (id_of(1), m.ALIAS, id_of(3) + POLARIS + TOKEN))
+    shell.outcome(POLARIS, (id_of(2), m.STORED, 500_000), (id_of(3), m.STORED, 600_000))
+
+    def hear(number: int, status: int, value: Any, attempt: int) -> list[Any]:
+        item = [id_of(number), status, value, attempt, None]
+        return shell.tell(ev.Heard(POLARIS, [[m.OUTCOME, [item]]], shell.now))
+
+    assert hear(2, m.STORED, 500_000, 1) == [], "said again"
+    assert hear(2, m.STORED, 500_001, 2) == [ev.Renewed([("future 2", m.STORED, 500_001, 2)])]
+    assert hear(3, m.OK, b"small", 2) == [ev.Renewed([("future 1", m.OK, b"small", 2)])]
+    assert hear(2, m.LOST, ["bytes_lost", ""], 3) == [], "who fetches it hears so"
+
+
+def test_an_endpoint_that_is_away_is_looked_for_only_while_it_is_needed() -> None:
+    """Rule 10; and soon: it may be back, at another address."""
+    shell, lane = Shell(), lane_at(POLARIS)
+    shell.submit(task(lane, 1))
+    shell.up(POLARIS)
+    shell.outcome(POLARIS, (id_of(1), m.OK, b""))
+    shell.tell(ev.PeerDown(POLARIS, "killed", shell.now))
+    assert shell.brain.deadline is None
+    assert shell.tick(1000) == []
+    shell.submit(task(lane, 2))
+    looks = [said for said in shell.tick(10) if isinstance(said, ev.Look)]
+    assert 10 / LOOK_EVERY_S <= len(looks) <= 10 / LOOK_EVERY_S + 3
+    assert LOOK_EVERY_S < 1
 
 
 def test_explain() -> None:

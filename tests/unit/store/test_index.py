@@ -27,6 +27,7 @@ PAGE = 4096
 LIMIT = 40 * PAGE
 SPILL_LIMIT = 24 * PAGE
 TRIM_S = 10.0
+FIRST = 1000  # numbers below belong to an earlier life
 WORKERS = (1, 2)
 
 ids = st.integers(0, 3).map(lambda n: bytes([n]) * 16)
@@ -58,7 +59,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize(limited=st.booleans(), count=st.integers(0, 4), cache=st.booleans())
     def begin(self, limited: bool, count: int, cache: bool) -> None:
-        self.index = Index(LIMIT, SPILL_LIMIT if limited else None, TRIM_S)
+        self.index = Index(LIMIT, SPILL_LIMIT if limited else None, TRIM_S, FIRST)
+        self.earlier = 0  # segments taken up
         self.now = 0.0
         self.twins: dict[int, Twin] = {}
         self.objects: dict[bytes, tuple[int, int, bool]] = {}  # id: attempt, segment, cache
@@ -118,6 +120,17 @@ class StoreMachine(RuleBasedStateMachine):
         assert not warm
         self.gone(unlink)
         self.twins[segment.number] = Twin(segment, PULL)
+        self.twins[segment.number].exposed = True
+        return segment.number
+
+    @rule(target=writing, size=sizes, writer=st.sampled_from((PULL, *WORKERS)), disk=st.booleans())
+    def take_up(self, size: int, writer: int, disk: bool) -> int:
+        taken = self.index.disk_bytes if disk else self.index.memory_bytes
+        if taken + size > (SPILL_LIMIT if disk else LIMIT):
+            return -1  # it fitted into the same store before
+        self.earlier += 1
+        segment = self.index.take_up(self.earlier, 3, capacity_for(size), disk=disk, writer=writer)
+        self.twins[segment.number] = Twin(segment, writer)
         self.twins[segment.number].exposed = True
         return segment.number
 

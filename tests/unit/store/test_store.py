@@ -56,7 +56,12 @@ def put_by_worker(store: Store, id: bytes, data: bytes, worker: int = 1) -> str:
     segments.write_at(fd, data, 0)
     os.close(fd)
     store.seal(id, 1, path, len(data))
-    return path
+    return path_of(store, id)
+
+
+def path_of(store: Store, id: bytes) -> str:
+    """Where a sealed object lies."""
+    return store._path(store._index.find(id).segment)
 
 
 def bytes_of(store: Store, id: bytes, **options: Any) -> bytes:
@@ -107,6 +112,7 @@ def test_a_file_that_is_too_short_is_not_taken(store: Store) -> None:
         store.seal(A, 1, path, MB)
     with pytest.raises(LookupError):
         store.seal(A, 1, "/etc/passwd", 10)
+    assert store.lost() == [(A, LostReason.BYTES_LOST)] * 3
 
 
 def test_warm_segments_are_used_again_and_trimmed_in_time(store: Store) -> None:
@@ -229,14 +235,14 @@ def test_l3_the_least_recently_used_goes_to_disk_behind_an_overflow(store: Store
     """L3: what is spilled was sealed in memory; pinned objects stay there."""
     for n in range(8):
         put(store, bytes([n]) * 16, data_of(n))
-    store.pin(b"\0" * 16)
+    store._index.pin(b"\0" * 16)
     put(store, b"x" * 16, data_of(99))
     wait_until(lambda: store.stats()["spilled"] >= 1, what="a spill")
     assert store._index.find(b"x" * 16).segment.disk
     assert not store._index.find(b"\0" * 16).segment.disk
     assert store._index.find(b"\1" * 16).segment.disk
     wait_until(lambda: store.allocate(MB, 1).warm, what="room in memory behind the spill")
-    store.unpin(b"\0" * 16)
+    store._index.unpin(b"\0" * 16)
 
 
 def test_bytes_that_went_bad_on_disk_are_not_handed_out(store: Store, tmp_path: Path) -> None:
@@ -303,7 +309,7 @@ def test_links_that_cannot_be_are_os_errors(store: Store, folder: Path, tmp_path
         with pytest.raises(OSError, match=r"."):
             store.link(A, 1, str(path), size)
     put(store, B, data_of(1, 8 * MB))
-    store.pin(B)
+    store._index.pin(B)
     with pytest.raises(OSError, match="room") as caught:
         store.link(A, 1, str(file), 100)
     assert caught.value.errno == errno.ENOSPC

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from endpoint_worker.store import sweep as module
-from endpoint_worker.store.sweep import claim, release, sweep
+from endpoint_worker.store.sweep import (
+    claim,
+    is_recoverable,
+    mark_recoverable,
+    release,
+    sweep,
+    unmark_recoverable,
+)
 
 NAME = "0123456789abcdef" * 2
 OTHER = "f" * 32
@@ -88,6 +95,55 @@ def test_a_claim_finds_an_empty_folder(host: Path) -> None:
     lock = claim(host / NAME)
     assert [path.name for path in (host / NAME).iterdir()] == ["lock"]
     release(host / NAME, lock)
+
+
+def test_a_claim_leaves_what_the_party_takes_up(host: Path) -> None:
+    furnish(host / NAME)
+    (host / NAME / "workers").mkdir()
+    lock = claim(host / NAME, keep=("segments", "spill"))
+    assert sorted(path.name for path in (host / NAME).iterdir()) == ["lock", "segments"]
+    assert (host / NAME / "segments" / "1").read_bytes() == b"blob"
+    release(host / NAME, lock, keep=("segments",))
+    assert (host / NAME / "segments" / "1").read_bytes() == b"blob"
+    lock = claim(host / NAME)
+    release(host / NAME, lock, keep=("segments",))
+    assert not (host / NAME).exists(), "nothing was left to keep"
+
+
+def test_a_party_that_may_come_back_is_left_alone(host: Path, tmp_path: Path) -> None:
+    disk, home = tmp_path / "disk", tmp_path / "home"
+    home.mkdir()
+    for name in (NAME, OTHER):
+        os.close(claim(host / name))
+        furnish(host / name)
+        furnish(disk / name / "spill")
+        (disk / name / "journal").mkdir()
+        mark_recoverable(disk / name, [disk / name / "journal", home])
+    assert is_recoverable(disk / NAME)
+    assert sweep(host, disk) == []
+    assert (host / NAME / "segments" / "1").read_bytes() == b"blob"
+    assert (disk / NAME / "spill" / "segments" / "1").exists()
+    shutil.rmtree(host / NAME)  # as a reboot does
+    assert sweep(host, disk) == []
+    assert (disk / NAME / "spill" / "segments" / "1").exists()
+    (disk / OTHER / "journal").rmdir()
+    assert not is_recoverable(disk / OTHER)
+    assert sweep(host, disk) == [OTHER]
+    assert [path.name for path in disk.iterdir()] == [NAME]
+    home.rmdir()
+    assert sweep(host, disk) == [NAME], "its endpoint is gone: nobody will start it again"
+    assert list(disk.iterdir()) == list(host.iterdir()) == []
+
+
+def test_l4_a_party_that_ended_well_is_not_waited_for(host: Path, tmp_path: Path) -> None:
+    furnish(tmp_path / NAME / "spill")
+    (tmp_path / NAME / "journal").write_bytes(b"log")
+    mark_recoverable(tmp_path / NAME, [tmp_path / NAME / "journal"])
+    unmark_recoverable(tmp_path / NAME)
+    unmark_recoverable(tmp_path / NAME)
+    assert not is_recoverable(tmp_path / NAME)
+    assert sweep(host, tmp_path) == [NAME]
+    assert [path.name for path in (tmp_path / NAME).iterdir()] == ["journal"]
 
 
 def test_a_claim_of_a_living_partys_folder_is_refused(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:

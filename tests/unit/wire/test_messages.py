@@ -57,6 +57,7 @@ GOOD: dict[str, list[Any]] = {
     "explained": [m.EXPLAINED, 1, [{"state": "waiting"}]],
     "status": [m.STATUS, 1],
     "status_is": [m.STATUS_IS, 1, {}],
+    "pins": [m.PINS, ID * 2, False],
 }  # fmt: skip
 
 
@@ -143,6 +144,8 @@ def replaced(name: str, *path: Any) -> list[Any]:
         replaced("subscribe", 2, 0, 3, 1),
         replaced("unsubscribe", 1, ID[:-1]),
         replaced("cancel", 2, 1),
+        replaced("pins", 1, ID[:-1]),
+        replaced("pins", 2, 1),
         replaced("cancelled", 2, [True]),
         replaced("cancelled", 2, [True, 0]),
         replaced("tasks", 3, 0, 0, b""),

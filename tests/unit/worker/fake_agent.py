@@ -16,12 +16,13 @@ import zmq
 
 from endpoint_worker.worker import channel
 from endpoint_worker.worker.channel import AgentChannel
+from endpoint_worker.worker.remains import Remains
 from endpoint_worker.worker.zygote import Exited, Spawned, WorkerConfig, Zygote
 from gcref import ids
 from gcref.objects import blob, serialize
 from gcref.objects.functions import FunctionCache
 from gcref.wire.messages import FAILED, OK
-from tests.support.waiting import patience
+from tests.support.waiting import patience, wait_until
 
 LONG_S: Final = 3600.0
 AGENT: Final = ids.new_id()
@@ -50,9 +51,10 @@ class FakeAgent:
         unmapped: what workers returned, (worker, item).
     """
 
-    def __init__(self, workers: int = 1) -> None:
+    def __init__(self, workers: int = 1, adopt_s: float = 0.0) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="gcref-test-", dir="/dev/shm"))
-        self.zygote = Zygote.start(self.folder / "pages", self.folder / "logs")
+        self.folders = self.folder / "pages", self.folder / "logs"
+        self.zygote = Zygote.start(*self.folders, adopt_s)
         self.channel = AgentChannel(f"ipc://{self.folder}/channel")
         self.messages: deque[tuple[int, list[Any]]] = deque()
         self.exits: list[Exited] = []
@@ -61,17 +63,50 @@ class FakeAgent:
         self._functions = FunctionCache()
         self._sent: set[tuple[int, bytes]] = set()
         self._seq = 0
-        self._poller = zmq.Poller()
-        self._poller.register(self.channel.socket, zmq.POLLIN)
-        self._poller.register(self.zygote.fd, zmq.POLLIN)
+        self._poller = self._watch()
         for worker in range(1, workers + 1):
             self.spawn(worker)
         for worker in range(1, workers + 1):
             self.expect(channel.READY, worker)
 
-    def spawn(self, worker: int, env: dict[str, str] | None = None) -> None:
+    def _watch(self) -> zmq.Poller:
+        poller = zmq.Poller()
+        poller.register(self.channel.socket, zmq.POLLIN)
+        poller.register(self.zygote.fd, zmq.POLLIN)
+        return poller
+
+    def die(self) -> None:
+        """As a killed process does: its sockets are closed, and nothing is said to anybody."""
+        self.zygote.leave()
+        self.channel.close()
+        self.messages.clear()
+        self.exits.clear()
+        self.unmapped.clear()
+
+    def come_back(self) -> list[Remains]:
+        """Another agent in the same place: what it finds. It has said nothing to the workers yet."""
+        zygote = Zygote.adopt(*self.folders)
+        assert zygote is not None, "no zygote lives"
+        self.zygote = zygote
+        self.channel = AgentChannel(self.channel.address)
+        self._poller = self._watch()
+        return zygote.workers()
+
+    def adopt(self, epoch: int = 1, worker: int = 1) -> None:
+        """Tell a worker that there is a new agent, as soon as it can be reached."""
+        wait_until(
+            lambda: self.channel.send(worker, channel.adopt(epoch)), what="the worker to connect again"
+        )
+
+    def spawn(self, worker: int, env: dict[str, str] | None = None, memory_bytes: int | None = None) -> None:
         config = WorkerConfig(
-            self.channel.address, AGENT, "polaris", "ipc:///control", "ipc:///bulk", ids.new_id()
+            self.channel.address,
+            AGENT,
+            "polaris",
+            "ipc:///control",
+            "ipc:///bulk",
+            ids.new_id(),
+            memory_bytes,
         )
         self.zygote.spawn(worker, config, env)
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from endpoint_worker.worker import channel
+from endpoint_worker.worker import channel, zygote_process
 from endpoint_worker.worker.channel import KEEP
 from gcref import ids, task_context
 from gcref.errors import DeadlockError, ObjectLostError, SerializationError
@@ -837,6 +837,45 @@ def test_exit_comes_after_what_is_held_and_ends_like_an_interpreter(own: FakeAge
     assert (tmp_path / "thread").read_text() == "ran"
     assert not exists(exited.pid)
     assert not list((own.folder / "logs").glob("worker-*"))
+
+
+def test_who_does_not_end_after_exit_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that a task left behind waits for ever; nothing that a task made is lost by that."""
+    monkeypatch.setattr(zygote_process, "EXIT_GRACE_S", 0.2)
+
+    def leave_a_thread() -> int:
+        threading.Thread(target=threading.Event().wait).start()
+        return 7
+
+    with FakeAgent() as agent:
+        assert agent.value(leave_a_thread) == 7
+        agent.send(1, channel.exit())
+        assert agent.exited().signal == signal.SIGALRM
+
+
+# ------------------------------------------------------------------------------------------------------- limits
+
+
+def test_a_limit_of_memory_is_an_error_in_the_task(tmp_path: Path) -> None:
+    """What is mapped of the store does not count, and the worker lives on."""
+    with FakeAgent(0) as agent:
+        agent.spawn(1, memory_bytes=200 << 20)
+        agent.expect(channel.READY)
+        error = failure.to_exception(failure_of(agent.run(bytearray, 300 << 20)))
+        assert isinstance(error, MemoryError)
+        assert agent.value(lambda: len(bytearray(100 << 20))) == 100 << 20
+        where, _ = place(tmp_path / "blob", np.ones(50 << 20))
+        assert agent.value(total, Dependency(), deps=[where]) == 50 << 20
+        assert not agent.exits
+
+
+def test_a_result_is_sent_before_large_arguments_are_unmapped(own: FakeAgent, tmp_path: Path) -> None:
+    """To unmap a gigabyte takes a tenth of a second."""
+    where, _ = place(tmp_path / "blob", np.ones(2 << 20))
+    own.tasks([own.entry(total, Dependency(), deps=[where])])
+    first, second = own.expect(channel.DONE), own.expect(channel.DONE)
+    assert (len(first[1]), first[2]) == (1, [])
+    assert (second[1], second[2]) == ([], [[where[0], 1, True]])
 
 
 def test_done_is_what_the_codec_would_write() -> None:

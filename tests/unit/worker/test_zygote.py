@@ -85,6 +85,17 @@ def test_f1_nothing_that_ended_before_a_death_is_lost() -> None:
         assert not any(entry[0] in found for entry in entries[299:])
 
 
+def test_who_dies_before_its_lease_is_renewed_has_begun_nothing() -> None:
+    with FakeAgent() as agent:
+        entries = [agent.entry(noop) for _ in range(2)]
+        agent.tasks(entries[:1])
+        agent.results(1)
+        agent.tasks(entries[1:], lease_s=-1.0)
+        agent.expect(channel.ASK)
+        agent.zygote.kill(1)
+        assert agent.exited().progress == entries[0][0]
+
+
 def test_what_was_received_is_not_told_again() -> None:
     with FakeAgent() as agent:
         entries = [agent.entry(noop) for _ in range(20)]

@@ -1,0 +1,152 @@
+"""F2, from the workers' side: in whatever a worker is when its agent is killed, it ends that once, or dies with it in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from gcref import Executor
+from gcref.errors import WalltimeExceededError, WorkerLostError
+from tests.support.deaths import note, runs, wait_forever
+from tests.support.endpoints import host_folder, worker_pids
+from tests.support.named import NamedEndpoint
+from tests.support.tasks import Gate, hold
+from tests.support.waiting import patience, wait_until
+
+WAIT_S = patience(30)
+SETTINGS = {"workers": 1, "bind": "127.0.0.1", "heartbeat_s": 1.0, "endpoint_lost_s": 60.0}
+
+
+@pytest.fixture
+def polaris(home: Path) -> Iterator[NamedEndpoint]:
+    """A running endpoint of its own, with one worker."""
+    endpoint = NamedEndpoint("polaris", **SETTINGS)
+    endpoint.start()
+    yield endpoint
+    endpoint.remove()
+
+
+def inner(path: str, gate: Gate) -> int:
+    note(path)
+    return int(hold(gate, 41))
+
+
+def ask_another(path: str, inner_path: str, gate: Gate) -> int:
+    """A task that waits for another one at its own endpoint, and lends its slot meanwhile."""
+    note(path)
+    with Executor("polaris") as executor:
+        return executor.submit(inner, inner_path, gate).result() + 1
+
+
+def make_large(path: str, gate: Gate) -> np.ndarray:
+    note(path)
+    hold(gate)
+    return np.arange(1_000_000)
+
+
+def note_and_wait_once(path: str) -> str:
+    """Waits for ever in its first run."""
+    if note(path) == 1:
+        wait_forever(path + "-waits")
+    return "alive"
+
+
+def test_f2_a_task_that_has_lent_its_slot(polaris: NamedEndpoint, tmp_path: Path) -> None:
+    gate = Gate.at(tmp_path)
+    outer_runs, inner_runs = tmp_path / "outer", tmp_path / "inner"
+    with Executor("polaris") as executor:
+        f = executor.submit(ask_another, str(outer_runs), str(inner_runs), gate)
+        wait_until(lambda: runs(inner_runs), what="the inner task to run in the lent slot", timeout_s=30)
+        polaris.kill()
+        polaris.start()
+        gate.open()
+        assert f.result(WAIT_S) == 42
+    assert (len(runs(outer_runs)), len(runs(inner_runs))) == (1, 1)
+
+
+def test_f2_a_large_result_made_while_nobody_listens(polaris: NamedEndpoint, tmp_path: Path) -> None:
+    """Its worker asks for room, and asks the next agent again."""
+    gate = Gate.at(tmp_path)
+    path = tmp_path / "runs"
+    with Executor("polaris") as executor:
+        f = executor.submit(make_large, str(path), gate)
+        wait_until(lambda: runs(path), what="the task to run")
+        polaris.kill()
+        gate.open()
+        polaris.start()
+        assert np.array_equal(f.result(WAIT_S), np.arange(1_000_000))
+    assert len(runs(path)) == 1
+
+
+def test_f2_a_walltime_is_kept_by_the_next_agent(polaris: NamedEndpoint, tmp_path: Path) -> None:
+    path = tmp_path / "runs"
+    with Executor("polaris") as executor:
+        f = executor.options(walltime_s=1.0).submit(wait_forever, str(path))
+        (pid,) = wait_until(lambda: runs(path), what="the task to run")
+        polaris.kill()
+        polaris.start()
+        assert isinstance(f.exception(WAIT_S), WalltimeExceededError)
+        wait_until(lambda: not psutil.pid_exists(pid), what="its process to end")
+        assert executor.submit(max, 1, 2).result(WAIT_S) == 2
+
+
+def test_f2_the_process_that_makes_the_workers_is_killed_too(polaris: NamedEndpoint, tmp_path: Path) -> None:
+    """Then the workers are dead, and their tasks have used an attempt."""
+    path = tmp_path / "runs"
+    with Executor("polaris") as executor:
+        f = executor.options(retries=1).submit(note_and_wait_once, str(path))
+        hopeless = executor.submit(note_and_wait_once, str(tmp_path / "hopeless"))
+        (pid,) = wait_until(lambda: runs(path), what="the task to run")
+        zygote = psutil.Process(pid).parent()
+        assert zygote is not None
+        polaris.kill()
+        zygote.kill()
+        polaris.start()
+        assert f.result(WAIT_S) == "alive"
+        assert len(runs(path)) == 2
+        (pid,) = wait_until(lambda: runs(tmp_path / "hopeless"), what="the other task to run")
+        polaris.kill()
+        os.kill(pid, signal.SIGKILL)
+        polaris.start()
+        error = hopeless.exception(WAIT_S)
+        assert isinstance(error, WorkerLostError)
+        assert error.signal == signal.SIGKILL
+
+
+def test_l4_workers_that_nobody_adopts_end_in_time(home: Path, tmp_path: Path) -> None:
+    """L4: after `adopt_s` no process is left; a start after that takes up what they had written down."""
+    endpoint = NamedEndpoint("polaris", **SETTINGS, adopt_s=1.0)
+    endpoint.start()
+    path = tmp_path / "runs"
+    try:
+        with Executor("polaris") as executor:
+            f = executor.options(retries=1).submit(note_and_wait_once, str(path))
+            (pid,) = wait_until(lambda: runs(path), what="the task to run")
+            zygote = psutil.Process(pid).ppid()
+            endpoint.kill()
+            killed = time.monotonic()
+            wait_until(lambda: not psutil.pid_exists(pid), what="the worker to end")
+            wait_until(lambda: not is_alive(zygote), what="its zygote to end")
+            assert 0.9 < time.monotonic() - killed < patience(5)
+            endpoint.start()
+            assert f.result(WAIT_S) == "alive"
+            assert len(runs(path)) == 2
+            folder = host_folder("polaris") / "workers"
+            assert len(worker_pids("polaris")) == 1
+            wait_until(lambda: len(list(folder.glob("*.page"))) == 1, what="the dead's page to go")
+    finally:
+        endpoint.remove()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
