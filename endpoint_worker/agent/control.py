@@ -436,9 +436,9 @@ class Control:
             if found is not None:
                 self._reach(party, found, now)
 
-    def _party_gone(self, party: bytes, now: float) -> None:
+    def _party_gone(self, party: bytes, now: float, worker: str = "") -> None:
         """It is not expected to come back: what it held falls, and should we meet again, it hears that we forgot."""
-        self._take(ev.PartyGone(party), now)
+        self._take(ev.PartyGone(party, worker), now)
         if self._neighbours.forget(party):  # whoever needs it again looks for it again
             self._bulk.disconnect(party)
             self._functions.forget_sent(party)
@@ -711,7 +711,7 @@ class Control:
                 self._take(ev.Ended(instruction.tasks, failure, True), now)
             else:
                 self._obey([instruction], now)
-        self._party_gone(party, now)
+        self._party_gone(party, now, self._pool.name_of(worker))
 
     def _tasks_started(self, started: dp.Started, now: float) -> None:
         unix = time.time()

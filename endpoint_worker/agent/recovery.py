@@ -75,8 +75,9 @@ def take_up(
         elif task is not None:
             failure = worker_lost(one.exited, "while the endpoint's agent was down")
             resolver.replay(ev.Ended([task], failure, True))
+    names = {one.config.party: f"{endpoint}/{one.worker}" for one in remains}
     for party in recalled.workers - {one.config.party for one in remains if one.exited is None}:
-        resolver.replay(ev.PartyGone(party))
+        resolver.replay(ev.PartyGone(party, names.get(party, "")))
     wanted = resolver.wanted_bytes()
     for one in remains:
         _seal(one, wanted, store)

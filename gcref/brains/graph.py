@@ -40,6 +40,7 @@ from gcref.wire import messages as m
 
 REF_BYTES: Final = 48
 UNCLAIMED: Final = Group(b"", b"", b"", b"")  # of a task whose SUBMIT has not come
+ORPHAN_S: Final = 1.0  # what a worker had sent just before it died has arrived by then
 TOMBSTONES_MAX: Final = (
     500_000  # in each of two generations: older releases are then answered "never submitted"
 )
@@ -67,6 +68,7 @@ class Graph:
         self.fn_waiters: dict[bytes, list[Task]] = {}
         self.homes: set[bytes] = set()  # other endpoints that may know pins of ours
         self.reclaims: dict[bytes, set[bytes]] = {}  # what a restarted endpoint has said so far that it pins
+        self._orphans: set[bytes] = set()
         self._unknown_object_s = unknown_object_s
         self._lease_s = lease_s
         self.graves: tuple[dict[bytes, None], dict[bytes, None]] = ({}, {})
@@ -565,6 +567,18 @@ class Graph:
         if len(young) > TOMBSTONES_MAX:
             self.graves = ({}, young)
 
+    def orphan(self, worker: str) -> None:
+        """A worker is dead: what its tasks returned the futures of, and has not been submitted by now, hardly ever will be."""
+        orphans = {
+            id: self.now + ORPHAN_S
+            for id in self.unknown
+            if (extra := self.objects[id].extra) is not None
+            and any(alias.record is not None and alias.record[3] == worker for alias in extra.aliases or ())
+        }
+        if orphans:
+            self._orphans = (self._orphans & self.unknown.keys()) | orphans.keys()
+            self.unknown = orphans | {id: at for id, at in self.unknown.items() if id not in orphans}
+
     def expire(self, now: float) -> None:
         """Time has passed: give up what nobody submitted, forget old releases."""
         self.now = now
@@ -572,8 +586,13 @@ class Graph:
             if deadline > now:
                 break
             del self.unknown[id]
-            text = f"nobody submitted this object within {self._unknown_object_s:g} s"
-            failed = failures.make("ObjectLostError", text, reason=LostReason.NEVER_SUBMITTED.value)
+            if id in self._orphans:
+                self._orphans.remove(id)
+                text = "the worker died after a task had returned this task's future, and before it was submitted"
+                failed = failures.make("WorkerLostError", text)
+            else:
+                text = f"nobody submitted this object within {self._unknown_object_s:g} s"
+                failed = failures.make("ObjectLostError", text, reason=LostReason.NEVER_SUBMITTED.value)
             self.end(self.objects[id], LOST, None, 0, failed)
         if self.graves_turn_at is not None and now >= self.graves_turn_at:
             self.graves = ({}, self.graves[0])

@@ -415,6 +415,8 @@ class Resolver:
                     self._graph.garbage.append(obj)
             if obj.extra is not None and obj.extra.cachers:
                 obj.extra.cachers.discard(party)
+        if event.worker:
+            self._graph.orphan(event.worker)
         self._graph.settle()
 
     # -------------------------------------------------------------------------------------------- ends of tasks

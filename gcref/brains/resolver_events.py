@@ -150,9 +150,10 @@ class Evicted(NamedTuple):
 
 
 class PartyGone(NamedTuple):
-    """A party is gone for good: its pins fall."""
+    """A party is gone for good: its pins fall. `worker`: the dead worker whose tasks' SDK it was; else empty."""
 
     party: bytes
+    worker: str = ""
 
 
 class HomeLost(NamedTuple):

@@ -267,6 +267,7 @@ class ZeroMQCarrier:
                 source = dialled
                 source.socket.send(frame, _NOBLOCK, copy=copy)
         except zmq.ZMQError as error:
+            self._touch(source)  # also a call that fails may have swallowed the signal of what has arrived
             if error.errno == errno.EHOSTUNREACH:
                 self._queued.append(LinkDown(link, "the connection is gone", time.monotonic()))
             return False

@@ -426,7 +426,9 @@ class Loop:
 
     def _see_whether_idle(self, now: float) -> None:
         """Ends when nobody has needed this thread for a while: no executor, no future, no task."""
-        if self.users or self.queue or self._brain.entries or self.large.is_busy():
+        # A worker's agent may be starting anew, and is to hear what was let go meanwhile.
+        is_unheard = self._relay is not None and self._peers.pending() > 0
+        if self.users or self.queue or self._brain.entries or self.large.is_busy() or is_unheard:
             self._idle_at = None
         elif self._idle_at is None:
             self._idle_at = now

@@ -61,6 +61,17 @@ class Case:
             pid: entry for entry in self.by_what["blow"] for pid in entry.get("killed", ())
         }
 
+    def died_at(self, start: Entry) -> float | None:
+        """When the process died in which that run of a task started, as far as the nemesis killed it."""
+        if (blow := self.killed.get(start["pid"])) is not None:
+            return float(blow["at"])
+        site = self.graph.nodes[start["node"]].site
+        return min((at for at in self.stops(site) if at > start["at"]), default=None)
+
+    def stops(self, site: int) -> list[float]:
+        """When a site had stopped in order, with all of its workers."""
+        return [entry["at"] for entry in self.by_what["stopped"] if entry["site"] == site]
+
     def of(self, number: int, what: str) -> list[Entry]:
         """The entries of a node that tell of this."""
         return self.by_node[number][what] if number in self.by_node else []
@@ -233,9 +244,10 @@ def _may_have_ended_in(case: Case, number: int, kind: str) -> bool:
 def _lost_its_workers(case: Case, node: Node) -> bool:
     """Whether enough workers that could have run it died: one for each attempt that it had."""
     begins, ends = case.window(node)
-    deaths = [
-        blow for blow in case.killed.values() if blow["site"] == node.site and begins <= blow["at"] <= ends
-    ]
+    deaths = [blow["at"] for blow in case.killed.values() if blow["site"] == node.site] + case.stops(
+        node.site
+    )
+    deaths = [at for at in deaths if begins <= at <= ends]
     planned = min(node.deaths, len(case.starts(node.number))) if node.kind is Kind.DIE else 0
     return len(deaths) + planned > node.retries
 
@@ -301,7 +313,8 @@ def runs_within_attempts(case: Case) -> Iterator[Violation]:
             yield Violation("runs_within_attempts", node.number, text)
         end = case.end(node.number)
         attempts = end.get("attempts") if end is not None else None
-        if attempts and len(starts) > attempts:
+        # The record of a tail call is that of the task that it stands for.
+        if attempts and len(starts) > attempts and node.kind is not Kind.TAIL:
             text = f"it started {len(starts)} times, and its record counts {attempts} attempts"
             yield Violation("runs_within_attempts", node.number, text)
         if node.parent is None and node.kind is not Kind.DIE:
@@ -310,8 +323,8 @@ def runs_within_attempts(case: Case) -> Iterator[Violation]:
 
 def _repeats_after_death(case: Case, node: Node, starts: list[Entry]) -> Iterator[Violation]:
     for before, after in itertools.pairwise(starts):
-        death = case.killed.get(before["pid"])
-        if death is None or death["at"] > after["at"]:
+        died_at = case.died_at(before)
+        if died_at is None or died_at > after["at"]:
             text = f"it started again in {after['pid']}, and {before['pid']} was not dead"
             yield Violation("runs_within_attempts", node.number, text)
 

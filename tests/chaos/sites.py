@@ -85,15 +85,16 @@ class Site:
     Args:
         name: what to call it.
         home: its `GCREF_HOME`.
+        ports: for messages and for bulk; it has the same ones after each restart.
         settings: keys of its `config.toml`.
     """
 
-    def __init__(self, name: str, home: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, name: str, home: Path, ports: tuple[int, int], settings: dict[str, Any]) -> None:
         self.name = name
         self.home = home
         self.mark = f"{name}-{uuid.uuid4().hex}"
-        self._port, self._bulk_port = _free_ports(2)
-        self._settings = settings
+        self._port, self._bulk_port = ports
+        self.settings = dict(settings)
         self._restart: threading.Thread | None = None
         self.problems: list[str] = []
 
@@ -103,7 +104,7 @@ class Site:
         self.command("init", "--workers", str(WORKERS), "--bind", "127.0.0.1", *ports)
         folder = records.endpoint_dir(self.name, self.home)
         with (folder / "config.toml").open("a", encoding="utf-8") as file:
-            file.writelines(f"{key} = {json.dumps(value)}\n" for key, value in self._settings.items())
+            file.writelines(f"{key} = {json.dumps(value)}\n" for key, value in self.settings.items())
         with (folder / "authorized_keys").open("a", encoding="ascii") as file:
             file.write(f"{client_key.decode()} user {CLIENT}\n")
 
@@ -229,8 +230,10 @@ class World:
         self.effects = folder / "effects"
         self.effects.mkdir()
         self.links: dict[str, Link] = {}
+        ports = _free_ports(2 * count)
+        settings = {**settings, "carriers": ["ipc", "direct"]}
         self.sites = [
-            Site(name, folder / name, {**settings, "carriers": ["ipc", "direct"]}) for name in NAMES[:count]
+            Site(name, folder / name, (ports.pop(), ports.pop()), settings) for name in NAMES[:count]
         ]
         self._mounted: list[Path] = []
 
@@ -262,7 +265,7 @@ class World:
                 check=True,
             )
             self._mounted.append(place)
-            site._settings["spill_dir"] = str(place)
+            site.settings["spill_dir"] = str(place)
 
     def disk_of(self, site: Site) -> Path:
         """Where the disk of a site's store is, if it has one of its own."""

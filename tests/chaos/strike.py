@@ -60,6 +60,7 @@ class Striker(threading.Thread):
 
     def _do(self, act: Act) -> None:
         blow = act.blow
+        at = time.monotonic()  # before it is done: what it brings about comes after
         if blow.fault in OF_LINKS:
             killed: list[int] | None = self._strike_link(blow, act.begins)
         else:
@@ -74,6 +75,7 @@ class Striker(threading.Thread):
             named = blow.target.rpartition(">")[2]
             self._history.note(
                 "blow" if act.begins else "healed",
+                at=at if act.begins else None,
                 fault=str(blow.fault),
                 target=blow.target,
                 site=[site.name for site in self._world.sites].index(named),
@@ -146,9 +148,9 @@ class Striker(threading.Thread):
                 site.signal_agent(signal.SIGKILL)
                 return []
             case Fault.STOP_AGENT if begins:
-                workers = [worker.pid for worker in site.workers()]
                 site.command("stop")
-                return workers
+                self._history.note("stopped", site=self._world.sites.index(site))
+                return []
             case _:
                 site.await_death()
                 site.restart(lambda: self._world.introduce(site))

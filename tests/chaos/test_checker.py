@@ -352,6 +352,18 @@ def test_a_worker_that_dies_after_a_task_ended_explains_nothing() -> None:
     assert ("errors_are_explained", A) in {(found.law, found.node) for found in check(GRAPH, entries)}
 
 
+def test_who_runs_again_after_a_stop_may() -> None:
+    entries = faultless(GRAPH)
+    later(entries, "stopped", site=1)
+    later(entries, "effect", node=B, effect="started", pid=PID + 1)
+    entry(entries, B, "end")["attempts"] = 2
+    assert check(GRAPH, entries) == []
+    entry(entries, B, "effect")["at"] = (
+        entries[-2]["at"] + 0.5
+    )  # then its process was not among those that ended
+    assert ("runs_within_attempts", B) in {(found.law, found.node) for found in check(GRAPH, entries)}
+
+
 def test_the_story_tells_of_a_node_and_of_what_it_needs() -> None:
     told = "\n".join(story(faultless(GRAPH), B, GRAPH))
     assert "task-0" in told

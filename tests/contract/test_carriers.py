@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -84,6 +85,35 @@ def test_each_dialler_is_a_link_of_its_own(place: Place) -> None:
         server.carrier.send(packet.link, b"to " + packet.frame)
     place.until(lambda: one.frames and other.frames)
     assert (one.frames, other.frames) == ([b"to one"], [b"to other"])
+
+
+@zeromq_kinds
+def test_a_send_that_fails_hides_nothing_that_has_arrived(place: Place) -> None:
+    """It takes ZeroMQ's signal of the other party's frame, which must be found all the same, and without a further one."""
+    gone, server, address = place.linked()
+    other = place.party()
+    other.carrier.dial(1, address, place.server_key)
+    place.until(lambda: other.ups(1))
+    for party, frame in ((gone, b"gone"), (other, b"other")):
+        party.carrier.send(1, frame)
+    place.until(lambda: len(server.frames) == 2)
+    link = next(packet.link for packet in server.of(PacketIn) if packet.frame == b"gone")
+    gone.carrier.close()
+    place.parties.remove(gone)
+    place.until(lambda: not server.carrier.send(link, b"nobody hears this"))
+    assert isinstance(server.carrier, ZeroMQCarrier)
+    (listener,) = server.carrier._listeners.values()
+    for number in range(20):
+        other.carrier.send(1, b"%d" % number)
+        readable, _, _ = select.select([listener.fd], [], [], 5.0)
+        assert readable, "the signal"
+        assert not server.carrier.send(link, b"nobody hears this"), "which this swallows"
+        frames: list[bytes] = []
+        while not frames:
+            events = server.carrier.poll(5.0)  # the first one has the end of the link that is gone
+            assert events, "it sleeps, and the frame is there"
+            frames = [event.frame for event in events if isinstance(event, PacketIn)]
+        assert frames == [b"%d" % number]
 
 
 def test_several_links_of_one_carrier(place: Place) -> None:

@@ -167,7 +167,7 @@ def test_a_later_life_stands_where_the_last_one_stood(
     tmp_path: Path, lives: Lives, steps: int, compact_at: int | None
 ) -> None:
     life = lives(tmp_path / "journal").begin()
-    day = a_life(life)
+    day, told = a_life(life), ""
     for number in range(steps + 1):
         told = next(day)
         if number == compact_at:
