@@ -182,6 +182,8 @@ def stop(name: str, *, timeout_s: float = STOP_S) -> str:
         raise _elsewhere(record, address)
     if not alive:
         was = record.running
+        if alive is False:
+            _end_workers(record)
         _mark_stopped(name)
         return f"endpoint {name} had died" if was else f"endpoint {name} was not running"
     with _process_of(record) as pidfd:
@@ -193,6 +195,7 @@ def stop(name: str, *, timeout_s: float = STOP_S) -> str:
                 raise GcrefError(
                     f"the agent of endpoint {name}, process {record.pid}, does not end, not even by SIGKILL"
                 )
+            _end_workers(record)
     _mark_stopped(name)
     how = f"killed: it did not stop within {timeout_s:g} s" if forced else "stopped"
     return f"endpoint {name} {how} (process {record.pid})"
@@ -368,6 +371,13 @@ def _has_open(pid: int, path: Path) -> bool:
 
 def _has_ended(pidfd: int, timeout_s: float) -> bool:
     return bool(select.select([pidfd], [], [], timeout_s)[0])
+
+
+def _end_workers(record: EndpointRecord) -> None:
+    """Its agent is dead; the workers wait for the next one, which is not to come soon."""
+    from endpoint_worker.worker.zygote import Zygote  # here: no other command needs it
+
+    Zygote.end(config.host_dir(None) / record.id.hex() / "workers")
 
 
 def _mark_stopped(name: str) -> None:

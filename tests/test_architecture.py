@@ -112,8 +112,8 @@ BEHAVIOURS: Final = (
     *(f"E{number}" for number in range(1, 6)),
     *(f"W{number}" for number in range(1, 7)),
     *(f"C{number}" for number in range(1, 5)),
-    *("L0", "L1", "L2", "L4", "L5", "L6"),
-    "F1",
+    *(f"L{n}" for n in range(7)),
+    *("F1", "F2", "F3", "F4", "F8", "F9", "F10", "F11"),
 )
 
 

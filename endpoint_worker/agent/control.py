@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import select
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -59,6 +60,7 @@ _SOURCE_LOST: Final = (
     "not_found",
     "source",
 )  # reasons of a pull that failed, for which its home has a remedy
+STOP_WORKERS_S: Final = 5.0  # how long a stop waits for the news that the workers are dead
 OUTCOME_ITEMS_MAX: Final = 256  # in one message: 256 inline values of 100 KiB stay below the message limit
 
 
@@ -265,20 +267,21 @@ class Control:
     def _finish(self, now: float) -> None:
         """We were told to stop: the tasks that run end with their workers, which those who wait are to know at once."""
         if self._memory.returns:
-            text = "the endpoint was stopped while it ran this task"
-            workers = self._dispatch.describe(self._pool.progress(), now)["workers"]
-            running = [
-                self._resolver.objects.get(worker["running"]) for worker in workers if worker["running"]
-            ]
-            tasks = [task for task in running if isinstance(task, Task)]
-            ended = ev.Ended(tasks, failures.make("WorkerLostError", text), True)
-            self._memory.note(ended)
-            for instruction in self._resolver.handle(ended):
-                if isinstance(instruction, ev.Notify | ev.NotifyLater):
-                    self._notify(instruction.party, instruction.items)
+            self._end_workers(now + STOP_WORKERS_S)
         self._out.flush()
         if self._memory.commit():
             self._obey(self._peers.close(now), now)
+
+    def _end_workers(self, until: float) -> None:
+        """Kill them, and take what their pages have: what has ended is not to run again, what runs has lost an attempt."""
+        self._table[dp.Spawn] = lambda i, now: None
+        stopped = failures.make("WorkerLostError", "the endpoint was stopped while it ran this task")
+        for worker in self._pool.progress():
+            self._killed.setdefault(worker, stopped)
+            self._pool.kill(worker)
+        while self._pool.progress() and (rest := until - time.monotonic()) > 0 and not self.failed:
+            select.select([self._pool.zygote.fd], [], [], rest)
+            self._worker_processes(time.monotonic())
 
     def watch_workers(self, channel_socket: Any, zygote_fd: int) -> None:
         """Listen to the workers and to the process that makes them; before `run`."""

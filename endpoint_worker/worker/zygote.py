@@ -31,7 +31,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -163,6 +163,18 @@ class Zygote:
             if one is not None:
                 found.append(one)
         return found
+
+    @staticmethod
+    def end(directory: Path) -> None:
+        """End the zygote of a dead agent, if one lives there, with its workers. What they left stays for `remains`."""
+        if not directory.is_dir():
+            return
+        link = _connect(directory / _SOCKET)
+        if link is not None:
+            with suppress(OSError):
+                link.send(codec.pack([zygote_process.STOP]))
+            link.close()
+        _see_it_end(directory / _LOCK)
 
     def workers(self) -> list[Remains]:
         """After `adopt`: the workers that there are, living and dead, by number. Told once."""

@@ -391,14 +391,14 @@ class Dispatch:
             return
         now = event.now
         worker = Worker(event.worker, now)
-        self._starting = max(0, self._starting - 1)
+        self._starting = max(len(self._awaited), self._starting - 1)
         self._workers[event.worker] = self._idle[event.worker] = worker
         self._note(now, "WorkerUp", event.worker)
         self._balance(now)
 
     def _worker_down(self, event: ev.WorkerDown) -> None:
         known = self.is_up(event.worker) or event.worker in self._dead
-        if not known and not self._starting:
+        if not known and self._starting <= len(self._awaited):
             self._refuse(event, f"worker {event.worker} is absent, and none is starting", event.worker, None)
         worker, _ = self._move(event)
         now = event.now
@@ -409,7 +409,7 @@ class Dispatch:
             self._retiring.discard(event.worker)
             return
         if worker is None:
-            self._starting = max(0, self._starting - 1)
+            self._starting = max(len(self._awaited), self._starting - 1)
         else:
             if worker.blocked is not None:
                 self._unblock(worker)
@@ -488,7 +488,7 @@ class Dispatch:
         self._note(now, "Rejoined", event.worker)
         if worker is None:
             self._awaited.discard(event.worker)
-            self._starting = max(0, self._starting - 1)
+            self._starting = max(len(self._awaited), self._starting - 1)
             worker = self._workers[event.worker] = Worker(event.worker, now)
         worker.away = False
         worker.last_seq = max(worker.last_seq, event.last)

@@ -99,7 +99,7 @@ def test_the_life_of_an_endpoint(polaris: Path, home: Path) -> None:
         assert executor.submit(pow, 2, 10).result(timeout=patience(30)) == 1024
 
     shown = succeed("status", "polaris")
-    for word in ("polaris: running", str(record.pid), "idle", "1 submitted, 1 done", "store", "LINK"):
+    for word in ("polaris: running", str(record.pid), "idle", "1 submitted, 1 done", "store", "journal"):
         assert word in shown, shown
     facts = json.loads(succeed("status", "polaris", "--json"))
     assert facts["alive"] is True

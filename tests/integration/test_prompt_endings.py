@@ -172,9 +172,8 @@ def test_programs_end_promptly_whatever_their_endpoint_does(
             assert end.out == ["heard", "EndpointLostError"], (name, end)
     if blow != "dead":  # else they have heard that it is, and that their tasks are lost
         assert "4 tasks may not have reached their endpoints" in found["exit"].err, found["exit"]
-    if blow == "cut" or not warm:
-        assert found["cancelled"].took_s < EXIT_S
-        assert found["cancelled"].err == "" or blow == "dead", "what was not sent is cancelled here"
+    if blow != "dead" and not warm:
+        assert found["cancelled"].err == "", "what was not sent is cancelled here"
 
 
 @pytest.mark.parametrize("blow", ["frozen", "silent", "cut"])

@@ -8,6 +8,7 @@ import signal
 from typing import Any
 
 from endpoint_worker import daemon
+from endpoint_worker.store.sweep import sweep
 from gcref.config import disk_dir, host_dir
 from gcref.directory import records
 from tests.support.waiting import patience
@@ -65,12 +66,10 @@ class NamedEndpoint:
         else:  # what outlives a killed agent is taken up by the next one, which can be stopped
             self.start()
             self.stop()
-        for folder in (
-            disk_dir(self.id),
-            host_dir(self.id),
-        ):  # bytes that somebody pins wait there for the next start
-            shutil.rmtree(folder, ignore_errors=True)
         records.remove(self.name)
+        shutil.rmtree(disk_dir(self.id), ignore_errors=True)
+        # Bytes that somebody pins wait for the next start; other agents that start just now may be sweeping there too.
+        sweep(host_dir(), disk_dir())
 
     def _reap(self) -> None:
         assert self._agent is not None
