@@ -589,11 +589,13 @@ class Graph:
             if id in self._orphans:
                 self._orphans.remove(id)
                 text = "the worker died after a task had returned this task's future, and before it was submitted"
-                failed = failures.make("WorkerLostError", text)
+                # Not LOST: whoever hears of that takes it for an ObjectLostError.
+                state, failed = FAILED, failures.make("WorkerLostError", text)
             else:
                 text = f"nobody submitted this object within {self._unknown_object_s:g} s"
-                failed = failures.make("ObjectLostError", text, reason=LostReason.NEVER_SUBMITTED.value)
-            self.end(self.objects[id], LOST, None, 0, failed)
+                reason = LostReason.NEVER_SUBMITTED.value
+                state, failed = LOST, failures.make("ObjectLostError", text, reason=reason)
+            self.end(self.objects[id], state, None, 0, failed)
         if self.graves_turn_at is not None and now >= self.graves_turn_at:
             self.graves = ({}, self.graves[0])
             self.graves_turn_at = now + self._lease_s if self.graves[1] else None

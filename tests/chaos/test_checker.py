@@ -364,6 +364,21 @@ def test_who_runs_again_after_a_stop_may() -> None:
     assert ("runs_within_attempts", B) in {(found.law, found.node) for found in check(GRAPH, entries)}
 
 
+def test_a_tail_call_may_be_lost_with_its_worker_until_the_task_inside_runs() -> None:
+    entries = faultless(GRAPH)
+    entry(entries, TAIL, "effect", effect="started")["pid"] = PID + 5
+    entry(entries, TAIL, "effect", effect="ended")["pid"] = PID + 5
+    entry(entries, TAIL, "end").update(outcome="error", type="WorkerLostError", text="never submitted")
+    inner = [e for e in entries if e.get("node") == INNER]
+    without = [e for e in entries if e not in inner]
+    found = ("errors_are_explained", TAIL)
+    assert found in {(v.law, v.node) for v in check(GRAPH, without)}, "its process lives"
+    at = entry(entries, TAIL, "end")["at"] - 0.1
+    death = {"at": at, "what": "blow", "fault": "kill worker", "target": "a", "site": 0, "killed": [PID + 5]}
+    assert check(GRAPH, [*without, death]) == []
+    assert found in {(v.law, v.node) for v in check(GRAPH, [*entries, death])}, "the task inside has run"
+
+
 def test_the_story_tells_of_a_node_and_of_what_it_needs() -> None:
     told = "\n".join(story(faultless(GRAPH), B, GRAPH))
     assert "task-0" in told
