@@ -73,6 +73,7 @@ class Agent:
     def __init__(self, order: Order) -> None:
         self.order = order
         self._closing = ExitStack()
+        self._is_needed = False  # what there is of workers and values: if we fail, the next one takes it up
         try:
             self._build(order)
         except BaseException:
@@ -105,7 +106,7 @@ class Agent:
         nonce = secrets.token_hex(16)
         (place / "nonce").write_text(nonce, encoding="ascii")
         zygote, remains = self._zygote(order, place, settings.adopt_s)
-        self._closing.callback(zygote.close)
+        self._closing.callback(lambda: zygote.leave() if self._is_needed else zygote.close())
 
         allowed = KeyRing(folder / "authorized_keys" if folder is not None else None, home)
         carrier = ZeroMQCarrier(pair, allowed)
@@ -226,6 +227,7 @@ class Agent:
         if self._returns:
             adopted = Zygote.adopt(folder, folder)
             if adopted is not None:
+                self._is_needed = True
                 return adopted, adopted.workers()
             remains = Zygote.remains(folder, folder)
         # Forked with the import path that tasks are to have.
@@ -251,7 +253,9 @@ class Agent:
         return taken_up
 
     def _close_store(self, store: Store) -> None:
-        if store.close(keep=self._returns):
+        if self._is_needed:
+            self._kept = _LEFT
+        elif store.close(keep=self._returns):
             self._kept = ("segments",)
 
     def _remove_disk(self, folder: Path) -> None:
@@ -331,7 +335,9 @@ class Agent:
             sys.stdout.write(json.dumps(self._answer) + "\n")
             sys.stdout.flush()
             log.info("endpoint %s (%s) is ready", self.order.name, ids.text(self.order.id))
+            self._is_needed = self._returns
             self.control.run()
+            self._is_needed = False
             log.info("endpoint %s stops", self.order.name)
         return 1 if self.control.failed else 0
 

@@ -28,7 +28,7 @@ GRAPH: Final = Graph(
         Node(DIES, Kind.DIE, 0, deaths=2, retries=1),
         Node(MAPPED, Kind.PLAIN, 0, retries=2, mapped=True),
         Node(MAPPED_NEXT, Kind.PLAIN, 0, retries=2, mapped=True),
-        Node(TAIL, Kind.TAIL, 0, inner=INNER),
+        Node(TAIL, Kind.TAIL, 0, retries=1, inner=INNER),
         Node(INNER, Kind.INNER, 1, parent=TAIL),
         Node(REFS, Kind.REFS, 1, refs=(FAILS,)),
     ),
