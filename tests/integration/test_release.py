@@ -16,7 +16,7 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 
-from gcref import Client, ComputeFuture, Executor, LocalEndpoint, ObjectRef, config, ids
+from gcref import Client, ComputeFuture, Executor, LocalEndpoint, ObjectRef, config, ids, ref
 from gcref.directory import records
 from gcref.errors import LostReason, ObjectLostError
 from tests.conftest import Sites, Work
@@ -30,7 +30,7 @@ from tests.support.endpoints import (
     worker_pids,
 )
 from tests.support.proxy import proxied
-from tests.support.tasks import Gate, blob_of, hold, inc
+from tests.support.tasks import Gate, blob_of, fail, hold, inc
 from tests.support.waiting import patience, wait_until
 
 WAIT_S = patience(30)
@@ -419,3 +419,17 @@ def test_l6_a_subscription_for_an_id_that_never_comes(home: pathlib.Path, site: 
         assert 0.4 < time.monotonic() - began < 0.5 + AT_ONCE_S
         assert known.result(WAIT_S) == 2
         del ref, known
+
+
+def get_both(large: ObjectRef, failing: ObjectRef) -> tuple[int, Any]:
+    return len(large.get(30)), failing.get(30)
+
+
+def test_l1_a_failed_task_keeps_nothing_in_its_idle_worker(work: Work) -> None:
+    """Its exception knows its frames, and they know what it had; only a collection would find that."""
+    large, failing = work.a.submit(blob_of, 5_000_000), work.a.submit(fail, "on purpose")
+    failed = work.a.submit(get_both, ref(large), ref(failing))
+    assert isinstance(failed.exception(WAIT_S), ValueError)
+    del large, failing, failed
+    gc.collect()
+    wait_until(lambda: used_bytes("polaris", "midway") == 0, what="all bytes to go")

@@ -336,12 +336,23 @@ def test_frames_of_gcref_around_the_task_are_not_shown() -> None:
 
 
 def test_with_tblib_a_debugger_can_walk_the_remote_frames() -> None:
-    pytest.importorskip("tblib")
     _, back = fail(throw(ValueError("x")))
     frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(back.__traceback__)]
     assert frames[-2:] == ["fail", "task"]
     stack, _ = pdb.Pdb().get_stack(None, back.__traceback__)
     assert stack[-1][0].f_code.co_filename == __file__
+
+
+def test_a_rebuilt_traceback_keeps_nothing_of_whoever_looks_at_it() -> None:
+    """Real frames name their caller: without an end to that, a failed future would hold the user's own variables."""
+    _, back = fail(throw(ValueError("x")))
+    callers: set[str] = set()
+    for frame, _ in traceback.walk_tb(back.__traceback__):
+        outer = frame.f_back
+        while outer is not None:
+            callers.add(outer.f_code.co_name)
+            outer = outer.f_back
+    assert "test_a_rebuilt_traceback_keeps_nothing_of_whoever_looks_at_it" not in callers
 
 
 def test_without_tblib_there_is_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
