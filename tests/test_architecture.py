@@ -70,6 +70,7 @@ DOORS: Final = {
     "fastapi": ("gcref.hub",),
     "uvicorn": ("gcref.hub",),
     "sqlalchemy": ("gcref.hub",),
+    "alembic": ("gcref.hub",),
     "parsl": ("endpoint_worker.engines",),
 }
 

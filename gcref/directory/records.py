@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gcref import config, ids
+from gcref.carriers import post
 from gcref.errors import ConfigError, NotFoundError
 
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -57,6 +58,7 @@ class EndpointRecord:
         running: False once the agent has stopped in order. After a crash it is still True: see `alive`.
         ephemeral: it was made for the lifetime of one process (`LocalEndpoint`).
         host: names the machine that it was started on; a hint, no proof.
+        mailbox: it has a mailbox at the broker.
     """
 
     id: bytes
@@ -71,6 +73,7 @@ class EndpointRecord:
     running: bool = False
     ephemeral: bool = False
     host: str = dataclasses.field(default_factory=lambda: this_host())
+    mailbox: bool = False
 
     def __post_init__(self) -> None:
         if len(self.id) != 16:
@@ -136,6 +139,9 @@ class EndpointRecord:
             elif same_host:
                 found.append((carrier, address, None))
         found.sort(key=lambda candidate: candidate[0] != "ipc")
+        # Whom we can reach within this machine needs no broker.
+        if self.mailbox and "broker" in allowed and not (found and found[0][0] == "ipc"):
+            found.append(("broker", post.address_of(self.id), self.public_key.encode("ascii")))
         return found
 
     def as_json(self) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def _checked(key: str, value: Any) -> Any:
             raise ValueError(f"the key {key!r} is not a list of addresses")
         return tuple(value)
     kinds: type | tuple[type, ...]
-    if key in ("running", "ephemeral"):
+    if key in ("running", "ephemeral", "mailbox"):
         kinds = bool
     elif key in ("pid", "protocol"):
         kinds = int
