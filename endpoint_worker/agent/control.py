@@ -22,6 +22,7 @@ from typing import Any, Final
 from endpoint_worker.agent import inbox
 from endpoint_worker.agent.cancels import Cancels
 from endpoint_worker.agent.dump import Dump
+from endpoint_worker.agent.entries import ArgumentGone, Entries, Entry
 from endpoint_worker.agent.functions import Functions
 from endpoint_worker.agent.guests import Guests
 from endpoint_worker.agent.losses import pull_failure, worker_lost
@@ -43,7 +44,7 @@ from gcref.brains import resolver_events as ev
 from gcref.brains.dispatch import Dispatch
 from gcref.brains.peers import Peers
 from gcref.brains.resolver import Resolver
-from gcref.brains.tasks import DONE, Obj, Task
+from gcref.brains.tasks import Obj, Task
 from gcref.carriers import bulk as bk
 from gcref.carriers.base import Carrier, FdReady
 from gcref.errors import LostError, LostReason, ProtocolError
@@ -143,6 +144,7 @@ class Control:
         self._timed = (peers, resolver, dispatch, store, pool, self._presence, room)
         self._due_at = math.inf
         self._out = Outbox(peers)
+        self._entries = Entries(me, resolver, store)
         self._cancels = Cancels(
             resolver, dispatch, pool, self._out, take=self._take, obey=self._obey, to_home=self._to_home
         )
@@ -576,58 +578,21 @@ class Control:
 
     def _assign(self, assign: dp.Assign, now: float) -> None:
         worker, pool = assign.worker, self._pool
-        entries: list[tuple[Any, ...]] = []
+        entries: list[Entry] = []
         missing: list[tuple[Task, Obj]] = []
         for task in assign.tasks:
             if task.fn is not None and not pool.has_function(worker, task.fn):
                 pool.send_function(worker, task.fn, self._functions.get(task.fn) or b"")
-            args = deps = None
             try:
-                if task.args is not None:
-                    args = self._place(worker, task.args)
-                if task.deps:
-                    deps = [self._location(worker, dep) for dep in task.deps]
-            except _Gone as gone:
+                entries.append(self._entries.make(worker, task))
+            except ArgumentGone as gone:
                 missing.append((task, gone.obj))
-                continue
-            flags = channel.KEEP if task.waiters else 0
-            group = task.group.id if task.group is not None else b""
-            walltime_s = task.options.walltime_s
-            entries.append(
-                (
-                    task.seq,
-                    task.id,
-                    task.attempt,
-                    task.fn,
-                    task.payload,
-                    args,
-                    deps or (),
-                    flags,
-                    group,
-                    walltime_s,
-                )
-            )
         if entries and not pool.send_tasks(worker, assign.lease_until, entries):
-            # It died a moment ago, and its exit will bring the tasks back. The places it was to map were never seen.
-            self._store.ungrant(worker, [place[0] for entry in entries for place in _places(entry)])
+            # It died a moment ago, and its exit will bring the tasks back.
+            self._entries.not_sent(worker, entries)
         for task, obj in missing:
             self._obey(self._dispatch.handle(dp.Withdraw([task], now)), now)
             self._take(ev.ArgumentGone(task, obj), now)
-
-    def _location(self, worker: int, dep: Obj) -> Any:
-        """Where a worker finds an argument: the blob itself, a path to map, or its own earlier result."""
-        end = self._resolver.resolve(dep)
-        if end.value is not None:
-            return end.value
-        if end.state < DONE and end.home == self.me:
-            return [end.id]
-        return self._place(worker, end)
-
-    def _place(self, worker: int, obj: Obj) -> list[Any]:
-        try:
-            return self._store.map_for(worker, obj.id)
-        except (LookupError, OSError) as error:
-            raise _Gone(obj) from error
 
     def _worker_message(self, message: Message, now: float) -> None:
         """Take one message of a worker."""
@@ -751,18 +716,3 @@ class Control:
             "refused_messages": self._refused,
             "dropped_packets": dict(self._peers.counts),
         }
-
-
-class _Gone(Exception):  # noqa: N818 - it never leaves this module
-    """The bytes of an argument are not in the store."""
-
-    def __init__(self, obj: Obj) -> None:
-        super().__init__()
-        self.obj = obj
-
-
-def _places(entry: tuple[Any, ...]) -> list[list[Any]]:
-    """The places that an entry lets its worker map."""
-    args, deps = entry[5], entry[6]
-    found = [] if args is None else [args]
-    return found + [dep for dep in deps if isinstance(dep, list) and len(dep) > 1]
