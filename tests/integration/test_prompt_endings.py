@@ -81,27 +81,29 @@ class Ended(NamedTuple):
     took_s: float
 
 
-def ended(warm: bool, strike: Callable[[], object], folder: Path) -> dict[str, Ended]:
-    """Runs a program for each ending, all at once; they submit and end when the blow has been struck."""
-    running: dict[str, subprocess.Popen[str]] = {}
+def ended(strike: Callable[[], object], folder: Path) -> dict[tuple[str, str], Ended]:
+    """Runs a program for each ending, with an endpoint that it has met ("warm") or not ("cold"), all at once.
+
+    They submit and end when the blow has been struck.
+    """
+    running: dict[tuple[str, str], subprocess.Popen[str]] = {}
     with contextlib.ExitStack() as stack:
         for number, (name, ending) in enumerate(ENDINGS.items()):
-            if "old" in ending and not warm:
-                continue
             path = folder / f"program{number}.py"
             path.write_text(PROGRAM + ending + "\n")
-            running[name] = process = stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, str(path), "warm" if warm else "cold"],
-                    cwd=folder,
-                    env=environment(),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
+            for met in ("warm",) if "old" in ending else ("warm", "cold"):
+                running[name, met] = process = stack.enter_context(
+                    subprocess.Popen(
+                        [sys.executable, str(path), met],
+                        cwd=folder,
+                        env=environment(),
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                    )
                 )
-            )
-            stack.callback(process.kill)
+                stack.callback(process.kill)
         for process in running.values():
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
@@ -111,10 +113,10 @@ def ended(warm: bool, strike: Callable[[], object], folder: Path) -> dict[str, E
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
-        found: dict[str, Ended] = {}
-        for name, process in running.items():
+        found: dict[tuple[str, str], Ended] = {}
+        for which, process in running.items():
             out, err = process.communicate(timeout=patience(30))
-            found[name] = Ended(process.returncode, out.split(), err, time.monotonic() - since)
+            found[which] = Ended(process.returncode, out.split(), err, time.monotonic() - since)
     return found
 
 
@@ -158,22 +160,21 @@ def site(home: Path) -> Iterator[Site]:
             os.kill(local.pid, signal.SIGCONT)
 
 
-@pytest.mark.parametrize("warm", [True, False], ids=["met before", "never met"])
 @pytest.mark.parametrize("blow", ["frozen", "silent", "cut", "dead"])
-def test_programs_end_promptly_whatever_their_endpoint_does(
-    site: Site, tmp_path: Path, blow: str, warm: bool
-) -> None:
-    found = ended(warm, getattr(site, blow), tmp_path)
-    for name, end in found.items():
-        assert end.took_s < EXIT_S, (name, end)
-        assert "Traceback" not in end.err, (name, end)
-        assert end.code == (3 if name == "sys.exit" else 0), (name, end)
+def test_programs_end_promptly_whatever_their_endpoint_does(site: Site, tmp_path: Path, blow: str) -> None:
+    found = ended(getattr(site, blow), tmp_path)
+    for which, end in found.items():
+        name, _ = which
+        assert end.took_s < EXIT_S, (which, end)
+        assert "Traceback" not in end.err, (which, end)
+        assert end.code == (3 if name == "sys.exit" else 0), (which, end)
         if "thread" in name or name == "closed":
-            assert end.out == ["heard", "EndpointLostError"], (name, end)
-    if blow != "dead":  # else they have heard that it is, and that their tasks are lost
-        assert "4 tasks may not have reached their endpoints" in found["exit"].err, found["exit"]
-    if blow != "dead" and not warm:
-        assert found["cancelled"].err == "", "what was not sent is cancelled here"
+            assert end.out == ["heard", "EndpointLostError"], (which, end)
+    if blow == "dead":
+        return  # they have heard that it is, and that their tasks are lost
+    for met in ("warm", "cold"):
+        assert "4 tasks may not have reached their endpoints" in found["exit", met].err, found["exit", met]
+    assert found["cancelled", "cold"].err == "", "what was not sent is cancelled here"
 
 
 @pytest.mark.parametrize("blow", ["frozen", "silent", "cut"])
