@@ -25,7 +25,7 @@ from endpoint_worker.agent.dump import Dump
 from endpoint_worker.agent.entries import ArgumentGone, Entries, Entry
 from endpoint_worker.agent.functions import Functions
 from endpoint_worker.agent.guests import Guests
-from endpoint_worker.agent.losses import pull_failure, worker_lost
+from endpoint_worker.agent.losses import pull_failure, unread_arguments, worker_lost
 from endpoint_worker.agent.memory import Memory
 from endpoint_worker.agent.neighbours import Found, KeyRing, Neighbours
 from endpoint_worker.agent.outbox import Outbox
@@ -240,8 +240,7 @@ class Control:
             if revoked := self._allowed.revoked(now):
                 log.info("the keys of %d others have no rights any more", len(revoked))
                 self._obey(peers.handle(pe.Revoke(revoked, now)), now)
-            if lost := self._store.lost():
-                self._take(ev.BytesLost([(id, reason.value) for id, reason in lost]), now)
+            self._tell_lost(now)
             if memory.commit():  # else nothing leaves that the journal does not have
                 self._obey(peers.flush(now), now)
                 memory.compact_if_due()
@@ -636,11 +635,25 @@ class Control:
             self._store.unmapped(worker, unmapped)
         if not results:
             return
+        ended = results
+        unread = unread_arguments(results, self._resolver, self._store)
+        if unread:  # they did not run, and have not ended: what they miss is made again, or lost
+            again = {task.id for task, _ in unread}
+            ended = [row for row in results if row[1] not in again]
+            raw = codec.pack([channel.DONE, ended, []])
         self._memory.note_results(worker, raw)
         self._pool.zygote.received(worker, results[-1][0])
-        told = self._resolver.handle(ev.Finished(self._pool.name_of(worker), results))
+        told = self._resolver.handle(ev.Finished(self._pool.name_of(worker), ended))
         self._obey(self._dispatch.handle(dp.Finished(worker, results, now)), now)
         self._obey(told, now)
+        if unread:
+            self._tell_lost(now)
+            for task, obj in unread:
+                self._take(ev.ArgumentGone(task, obj), now)
+
+    def _tell_lost(self, now: float) -> None:
+        if lost := self._store.lost():
+            self._take(ev.BytesLost([(id, reason.value) for id, reason in lost]), now)
 
     def _forget_evicted(self) -> None:
         if evicted := self._store.evicted():

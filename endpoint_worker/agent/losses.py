@@ -5,10 +5,14 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+from endpoint_worker.store import Store
 from endpoint_worker.worker.zygote import Exited
+from gcref.brains.resolver import Resolver
+from gcref.brains.tasks import DISPATCHED, Obj, Task
 from gcref.carriers import bulk as bk
 from gcref.errors import LostReason, StoreFullError
 from gcref.objects import failure as failures
+from gcref.wire import messages as m
 
 
 def worker_lost(exited: Exited, when: str = "while it ran this task") -> list[Any]:
@@ -45,6 +49,28 @@ def pull_failure(done: bk.PullFailed) -> list[Any]:
     return failures.make(
         "ObjectLostError", f"the bytes of an argument are lost: {done.message}", reason=reason.value
     )
+
+
+def unread_arguments(results: list[Any], resolver: Resolver, store: Store) -> list[tuple[Task, Obj]]:
+    """Tasks that did not run because the bytes of an argument turned out to be gone or changed, each with such an argument.
+
+    Args:
+        results: as a worker sent them.
+        resolver: knows the tasks.
+        store: looks at the bytes of arguments again, and tells of those that are lost.
+    """
+    found: list[tuple[Task, Obj]] = []
+    for row in results:
+        if row[3] != m.FAILED or row[4][0] != "ObjectLostError":
+            continue
+        task = resolver.objects.get(row[1])
+        if not isinstance(task, Task) or task.state != DISPATCHED or task.attempt != row[2]:
+            continue
+        needs = [resolver.resolve(dep) for dep in task.deps] + ([task.args] if task.args is not None else [])
+        lost = [obj for obj in needs if obj.value is None and not store.verify(obj.id)]
+        if lost:  # else the task itself raised it
+            found.append((task, lost[0]))
+    return found
 
 
 def _name_of(number: int) -> str:

@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from endpoint_worker.store import names, segments, troubles
+from endpoint_worker.store import names, segments, spilling, troubles
 from endpoint_worker.store.background import Background
 from endpoint_worker.store.earlier import EarlierLife
 from endpoint_worker.store.handles import Allocated, Mapped, Reading, Writable
@@ -218,6 +218,20 @@ class Store:
             reading.release()
             raise
         return reading
+
+    def verify(self, id: bytes) -> bool:
+        """Look at an object's bytes again: whether they are here and, if they were spilled, what they were.
+
+        What is lost is told by `lost` too.
+        """
+        with self._lock:
+            found = self._index.objects.get(id)
+            self._checked.discard(found.segment.number if found is not None else -1)
+        try:
+            self.read(id).release()
+        except (LookupError, ObjectLostError):
+            return False
+        return True
 
     def expose(self, id: bytes, attempt: int | None = None) -> tuple[str, int]:
         """Name the object's file, and its size, to another party of this machine, which will map or link it.
@@ -575,24 +589,9 @@ class Store:
         crc: int | None = None
         if not self._closed:
             try:
-                crc = self._copy(spill)
+                crc = spilling.copy(spill, self._folders)
             except OSError:
                 pass  # the disk is full or broken: the object stays in memory
         with self._lock:
             unlink = self._index.spilled(spill, crc, time.monotonic())
         self._unlink(unlink)
-
-    def _copy(self, spill: Spill) -> int:
-        found, source, target = spill
-        if not self._folders.has_room(True, found.size):
-            raise OSError(errno.ENOSPC, "no room to spill an object", self._folders.disk)
-        part = f"{self._folders.disk}/{names.stem(target.number, target.use)}{names.PART}"
-        crc = segments.copy_to(self._path(source), part, found.size)
-        name = names.whole(target.number, target.use, PULL, found.id, found.attempt, found.size, crc)
-        try:
-            os.rename(part, f"{self._folders.disk}/{name}")
-        except OSError:
-            segments.unlink(part)
-            raise
-        target.name = name
-        return crc

@@ -272,12 +272,12 @@ class Graph:
         if task.state == WAITING:
             self.runnable(task)
         elif task.state == DISPATCHED and task.broken:
-            self._fail_dependent(task)
+            self.fail_dependent(task)
 
     def runnable(self, task: Task) -> None:
         """Nothing is missing any more: hand the task to dispatch, or fail it for its failed arguments."""
         if task.broken:
-            self._fail_dependent(task)
+            self.fail_dependent(task)
         else:
             task.state = READY
             self.ready.append(task)
@@ -336,7 +336,8 @@ class Graph:
         """End an object with a failure."""
         self.end(task, FAILED, None, 0, failure)
 
-    def _fail_dependent(self, task: Task) -> None:
+    def fail_dependent(self, task: Task) -> None:
+        """End a task whose arguments cannot be had."""
         bad = [dep for dep in task.deps if self.resolve(dep).state > DONE]
         if not bad:  # its own large arguments did not come through: no other task is to blame
             assert task.args is not None

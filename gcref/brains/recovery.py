@@ -115,8 +115,7 @@ class Recovery:
             if graph.lies_in_store(obj):
                 self._lose([(obj.id, LostReason.BYTES_LOST.value)])
             if obj.state >= DONE:
-                text = "the bytes of an argument are gone from its home's store"
-                graph.fail(task, failures.make("ObjectLostError", text, reason=LostReason.BYTES_LOST.value))
+                graph.fail_dependent(task)
             elif task.missing == before == 0:  # it was being made again already
                 task.missing += graph.wait_for(task, obj)
         graph.settle()

@@ -249,10 +249,12 @@ def test_f4_a_stopped_endpoint_is_given_up_in_time_and_comes_back(
 # ------------------------------------------------------------------------------------------------------ wrong bytes
 
 
+@pytest.mark.parametrize("needed_at", ["polaris", "midway"])
 @pytest.mark.parametrize("retries", [0, 1])
 def test_bytes_that_changed_on_the_sources_disk_are_found_and_made_again_where_possible(
-    home: Path, retries: int
+    home: Path, retries: int, needed_at: str
 ) -> None:
+    """Who finds it is the sender of the bytes, or a worker of that very site."""
     with contextlib.ExitStack() as closing:
         a = Site("polaris", store_limit_bytes=8 * MB)
         closing.callback(a.remove)
@@ -268,7 +270,7 @@ def test_bytes_that_changed_on_the_sources_disk_are_found_and_made_again_where_p
             with spilled.open("r+b") as file:
                 file.seek(3 * MB)
                 file.write(bytes(64))
-            answer = at_b.submit(digest_of, large)
+            answer = (at_a if needed_at == "polaris" else at_b).submit(digest_of, large)
             if retries:
                 assert answer.result(patience(30)) == digest_of(patterned(6 * MB))
             else:

@@ -401,7 +401,8 @@ def test_an_argument_that_is_found_gone_when_its_task_is_sent_is_made_again() ->
     assert runnable(told) == [object_id(1)]
     assert runnable(life.finish(1, m.STORED, ["/1", BIG], attempt=2)) == [object_id(3)]
     told = life.handle(ev.ArgumentGone(life.task(4), life.task(2)))
-    assert items(told)[object_id(4)][2][0] == "ObjectLostError"  # type: ignore[index]
+    failure = items(told)[object_id(4)][2]
+    assert (failure[0], failure[4][0]) == ("DependencyError", "ObjectLostError")  # type: ignore[index]
     assert items(told)[object_id(2)][1] == m.LOST
 
 
