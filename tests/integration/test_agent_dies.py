@@ -149,6 +149,7 @@ def test_f2_a_graph_over_two_sites_whose_agents_die_in_turn(
 ) -> None:
     gate = Gate.at(tmp_path)
     with Executor("polaris") as a, Executor("midway") as b:
+        assert [each.submit(inc, 0).result(patience(30)) for each in (a, b)] == [1, 1]  # they are met
         first = a.submit(hold, gate, 0)
         chain = [first]
         for n in range(40):
