@@ -1,8 +1,11 @@
 """The command `gcref`: what a user asks on the client's side.
 
-    gcref endpoints       the endpoints that this GCREF_HOME knows
+    gcref endpoints       the endpoints that this GCREF_HOME knows, and those that the hub knows for you
     gcref explain TASK    where a task is, what it waits for, since when, and which attempts failed
+    gcref trust NAME      believe the hub that an endpoint has another key than at first contact
     gcref key             the user's public key, for somebody's authorized_keys
+    gcref hub …           run a hub, and keep its users
+    gcref share E USER    let a user of the hub use an endpoint of yours; `unshare` takes it back
     gcref version         versions, for a report
 
 Exit codes: 0 done · 1 it could not be done, stderr says why · 2 the command line is wrong.
@@ -15,12 +18,17 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from typing import Final
+from contextlib import closing
+from typing import TYPE_CHECKING, Final
 
 from gcref import config, ids
 from gcref.directory import records
 from gcref.directory.records import EndpointRecord
-from gcref.errors import GcrefError
+from gcref.errors import ConfigError, GcrefError
+from gcref.hub import cli as hub_cli
+
+if TYPE_CHECKING:
+    from gcref.directory.hub import HubClient
 
 FAILED: Final = 1
 
@@ -57,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         (
             "endpoints",
             _endpoints,
-            "List the endpoints that this GCREF_HOME knows, and how they can be reached.",
+            "List the endpoints that this GCREF_HOME or the hub knows, and how they can be reached.",
         ),
         (
             "key",
@@ -73,27 +81,70 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--endpoint", metavar="NAME", help="ask this endpoint alone (default: all that run)")
     explain.add_argument("--json", action="store_true", help="what the endpoints say, as JSON")
     explain.set_defaults(command=_explain)
+    text = "Trust the key that the hub names for an endpoint from now on, whatever it was at first contact."
+    trust = commands.add_parser("trust", help=text, description=text)
+    trust.add_argument("name", metavar="NAME", help="the endpoint: its id, its name, or owner/name")
+    trust.set_defaults(command=_trust)
+    hub_cli.add_parsers(commands)
     return parser
 
 
 def _endpoints(said: argparse.Namespace) -> None:
-    found = records.list_records()
-    if not found:
-        print(
-            f"no endpoints in {records.endpoints_dir()}; 'endpoint-worker init NAME' makes one",
-            file=sys.stderr,
-        )
-        return
-    allowed = config.client_config().carriers
-    width = max(len("NAME"), *(len(record.name) for record in found))
+    found = [(record, _state(record)) for record in records.list_records()]
+    settings = config.client_config()
+    allowed, where = settings.carriers, str(records.endpoints_dir())
+    problem: GcrefError | None = None
+    if settings.hub_url is None:
+        allowed -= {"broker"}  # nobody to ask for a mailbox
+    else:
+        where += f", and none that you may use at the hub {settings.hub_url}"
+        try:
+            with closing(_hub(settings)) as hub:
+                here = {record.id for record, _said in found}
+                more = [record for record in hub.endpoints() if record.id not in here]
+        except GcrefError as error:
+            problem = error
+        else:
+            found += [(record, "at hub" if record.running else "stopped") for record in more]
+    if found:
+        _print_endpoints(found, allowed)
+    elif problem is None:
+        print(f"no endpoints in {where}; 'endpoint-worker init NAME' makes one", file=sys.stderr)
+    if problem is not None:
+        raise problem
+
+
+def _print_endpoints(found: Sequence[tuple[EndpointRecord, str]], allowed: frozenset[str]) -> None:
+    width = max(len("NAME"), *(len(record.name) for record, _said in found))
     print(f"{'NAME':<{width}}  {'ID':<36}  {'STATE':<8}  REACHED BY")
-    for record in found:
+    for record, state in found:
         ways = [f"{carrier} {address}" for carrier, address, _key in record.candidates(allowed)]
-        state = _state(record)
         shown = ", ".join(ways) or "no way that your settings allow"
         print(
             f"{record.name:<{width}}  {ids.text(record.id)}  {state:<8}  {shown if state != 'stopped' else '-'}"
         )
+
+
+def _hub(settings: config.ClientConfig) -> HubClient:
+    if settings.hub_url is None:
+        remedy = "set GCREF_HUB_URL and GCREF_TOKEN, or hub_url and token in config.toml"
+        raise ConfigError(f"no hub is configured; {remedy}", key="hub_url", remedy=remedy)
+    from gcref.directory.hub import HubClient
+
+    return HubClient(settings.hub_url, settings.token)
+
+
+def _trust(said: argparse.Namespace) -> None:
+    from gcref.directory import pins
+
+    with closing(_hub(config.client_config())) as hub:
+        record = hub.find(said.name)
+    key = record.public_key
+    old = pins.replace(record.id, key.encode("ascii"), record.name)
+    print(f"{record.name} ({ids.text(record.id)}): {key} is trusted from now on")
+    if old is not None:
+        was = old.decode("ascii")
+        print("it was before" if was == key else f"before, it was {was}")
 
 
 def _state(record: EndpointRecord) -> str:

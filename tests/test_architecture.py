@@ -68,6 +68,7 @@ DOORS: Final = {
     "pika": ("gcref.carriers",),
     "nacl": ("gcref.carriers",),
     "fastapi": ("gcref.hub",),
+    "pydantic": ("gcref.hub",),
     "uvicorn": ("gcref.hub",),
     "sqlalchemy": ("gcref.hub",),
     "alembic": ("gcref.hub",),

@@ -69,11 +69,20 @@ class MailDown(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """Mail came back: the party has no mailbox, or its mailbox is full."""
+    """Mail came back.
+
+    Attributes:
+        to: whose mailbox it was for.
+        reason: `NO_MAILBOX`: it was dropped; `FULL`: it waits here, and this is told once until something leaves.
+    """
 
     to: bytes
     reason: str
 
+
+NO_MAILBOX: Final = "it has no mailbox (any more)"
+FULL: Final = "its mailbox is full"
+"""The reasons of `Returned`."""
 
 MailEvent: TypeAlias = Mail | MailUp | MailDown | Returned
 
@@ -136,6 +145,11 @@ class Mailbox(Protocol):
 def address_of(party: bytes) -> str:
     """The address of a party's mailbox, as candidates name it."""
     return SCHEME + party.hex()
+
+
+def queue_of(party: bytes) -> str:
+    """The name that a party's mailbox has at the broker."""
+    return f"mailbox.{party.hex()}"
 
 
 def party_of(address: str) -> bytes:

@@ -127,6 +127,12 @@ class EndpointRecord:
         """The ways to reach the bulk socket from here, best first."""
         return self._candidates(self.bulk, allowed)
 
+    def local_socket(self) -> Candidate | None:
+        """The control socket for questions from this machine and user: it is there whatever carriers the endpoint may use."""
+        if not self.same_host():
+            return None
+        return "ipc", f"ipc://{config.host_dir(None) / self.id.hex() / 'control.sock'}", None
+
     def _candidates(self, addresses: tuple[str, ...], allowed: frozenset[str]) -> list[Candidate]:
         same_host = self.same_host() if "ipc" in allowed else False
         found: list[Candidate] = []

@@ -25,6 +25,8 @@ from tests.support.waiting import wait_until
 MARK: Final = "GCREF_TEST_RUN"
 """The environment variable that all processes of one test run share."""
 
+_lasting: Final[set[int]] = set()
+
 GRACE_S: Final = 10.0
 """How long what is being shut down may take. Pooled segments are trimmed within this time."""
 
@@ -56,9 +58,10 @@ class Traces(NamedTuple):
     segments: dict[str, str]
 
     @classmethod
-    def take(cls) -> Traces:
+    def take(cls, *, collect: bool = True) -> Traces:
         """Look around, after the garbage is collected."""
-        gc.collect()
+        if collect:
+            gc.collect()
         return cls(run_processes(), _threads(), _descriptors(), _mappings(), _host_files())
 
     def beyond(self, earlier: Traces) -> list[str]:
@@ -84,12 +87,18 @@ def assert_nothing_left(before: Traces) -> None:
     wait_until(is_clean, timeout_s=GRACE_S, what=lambda: "these to go:\n  " + "\n  ".join(found))
 
 
+def lasts(pid: int) -> None:
+    """A process, with all its children, is kept for more than one module: it is not looked at."""
+    _lasting.add(pid)
+
+
 def run_processes() -> dict[int, str]:
     """The processes of this test run, beside this one: their ids, with their command lines."""
     needle = f"{MARK}={mark_run()}".encode()
     found: dict[int, str] = {}
+    lasting = _lasting_ones()
     for process in psutil.process_iter():
-        if process.pid == os.getpid():
+        if process.pid == os.getpid() or process.pid in lasting:
             continue
         try:
             # One that has just been forked still has the environment of its parent: it counts.
@@ -98,9 +107,21 @@ def run_processes() -> dict[int, str]:
         except (OSError, psutil.Error):
             continue
     for child in psutil.Process().children(recursive=True):
+        if child.pid in lasting:
+            continue
         try:
             # A zombie has no environment any more.
             found.setdefault(child.pid, f"{child.pid} ({child.status()}) {child.name()}")
+        except psutil.Error:
+            continue
+    return found
+
+
+def _lasting_ones() -> set[int]:
+    found = set(_lasting)
+    for pid in _lasting:
+        try:
+            found.update(child.pid for child in psutil.Process(pid).children(recursive=True))
         except psutil.Error:
             continue
     return found

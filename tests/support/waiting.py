@@ -15,6 +15,9 @@ SCALE: Final = float(os.environ.get("GCREF_TEST_SCALE", "1"))
 _FIRST_PAUSE_S: Final = 0.001
 _LAST_PAUSE_S: Final = 0.05
 
+_OVERSLEEP: Final = 0.15
+"""A pause is this share of the time that was waited already: so much later than it came true an answer is seen."""
+
 
 def patience(seconds: float) -> float:
     """A time limit of the tests, scaled to the machine."""
@@ -27,7 +30,7 @@ def wait_until(
     """Ask until the answer is true; a test fails when that takes too long.
 
     Args:
-        condition: asked again and again, at first every millisecond.
+        condition: asked again and again, at first every millisecond; one that takes long itself is asked less often.
         timeout_s: how long, in seconds of a machine of normal speed.
         what: what is waited for, or a function that describes why it has not come.
 
@@ -37,12 +40,13 @@ def wait_until(
     Raises:
         AssertionError: the time is up.
     """
-    deadline = time.monotonic() + patience(timeout_s)
-    pause_s = _FIRST_PAUSE_S
+    began = asked = time.monotonic()
     while not (answer := condition()):
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > began + patience(timeout_s):
             text = what if isinstance(what, str) else what()
             raise AssertionError(f"waited {patience(timeout_s):g} s in vain for {text}")
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+        pause_s = max(_FIRST_PAUSE_S, _OVERSLEEP * (now - began), now - asked)
+        time.sleep(min(pause_s, _LAST_PAUSE_S))
+        asked = time.monotonic()
     return answer
