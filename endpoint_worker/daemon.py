@@ -149,7 +149,16 @@ def start(name: str, *, watch: bool = False, timeout_s: float = READY_S) -> Runn
     keys.load(folder / "key")
     keys.read_authorized(folder / "authorized_keys")
     note = _refuse_if_running(record)
-    order = launch.order_for(record.id, name=name, home=config.home(), config=table, watch_stdin=watch)
+    settings = config.client_config()
+    order = launch.order_for(
+        record.id,
+        name=name,
+        home=config.home(),
+        config=table,
+        watch_stdin=watch,
+        hub_url=settings.hub_url,
+        token=settings.token,
+    )
     with _open_log(folder / "agent.log") as log:
         logged_from = log.tell()
         process = launch.start_process(log)

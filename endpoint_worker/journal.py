@@ -31,7 +31,7 @@ from typing import Final
 from zlib import crc32
 
 MAGIC: Final = b"GCJ"
-VERSION: Final = 2
+VERSION: Final = 3
 _HEADER: Final = struct.Struct("<3sBd")
 _ENTRY: Final = struct.Struct("<IBI")
 _IOV_MAX: Final = 512  # buffers of one writev; the platform's limit is 1024

@@ -60,8 +60,11 @@ def lines(record: EndpointRecord, state: str, facts: Mapping[str, Any] | None) -
     started = facts["started_unix_s"]
     day = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started))
     yield _line("since", f"{day} ({duration(time.time() - started)} ago)")
-    for title, address in zip(("reached by", *("",) * len(record.control)), record.control, strict=False):
+    ways = [*record.control, *(["its mailbox at the broker"] if record.mailbox else [])]
+    for title, address in zip(("reached by", *("",) * len(ways)), ways, strict=False):
         yield _line(title, address)
+    if facts.get("hub") is not None:
+        yield from _hub(facts["hub"])
     yield from _tasks(facts)
     store = facts["store"]
     yield _line(
@@ -78,6 +81,26 @@ def lines(record: EndpointRecord, state: str, facts: Mapping[str, Any] | None) -
         yield _line("refused", f"{count(facts['refused_messages'], 'message')}; packets dropped: {packets}")
     yield from _workers(facts["dispatch"])
     yield from _links(facts["links"])
+
+
+def _hub(hub: Mapping[str, Any]) -> Iterator[str]:
+    if hub["registered_unix_s"] is not None:
+        since = duration(max(0.0, time.time() - hub["registered_unix_s"]))
+        keys = "; lets in whom it names" if hub["trusted"] else ""
+        yield _line("hub", f"{hub['url']}, registered by {hub['owner']} {since} ago{keys}")
+    else:
+        yield _line("hub", f"{hub['url']}, not registered")
+    if hub["error"] is not None:
+        yield _line("", str(hub["error"]))
+    mailbox = hub["mailbox"]
+    if mailbox is None:
+        return
+    told = "up" if mailbox.get("up") else f"down: {mailbox.get('error')}"
+    if waiting := mailbox.get("waiting_bytes"):
+        told += f", {size(waiting)} waiting to leave"
+    if dropped := {kind: number for kind, number in (mailbox.get("dropped") or {}).items() if number}:
+        told += f"; dropped: {', '.join(f'{number} {kind}' for kind, number in dropped.items())}"
+    yield _line("mailbox", told)
 
 
 def _tasks(facts: Mapping[str, Any]) -> Iterator[str]:

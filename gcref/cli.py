@@ -2,6 +2,7 @@
 
     gcref endpoints       the endpoints that this GCREF_HOME knows, and those that the hub knows for you
     gcref explain TASK    where a task is, what it waits for, since when, and which attempts failed
+    gcref doctor A [B]    which ways lead to an endpoint, or between two; how fast they are, and why others fail
     gcref trust NAME      believe the hub that an endpoint has another key than at first contact
     gcref key             the user's public key, for somebody's authorized_keys
     gcref hub …           run a hub, and keep its users
@@ -81,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--endpoint", metavar="NAME", help="ask this endpoint alone (default: all that run)")
     explain.add_argument("--json", action="store_true", help="what the endpoints say, as JSON")
     explain.set_defaults(command=_explain)
+    text = (
+        "Try every way to an endpoint, or between two: which works, how fast it is, and why the others fail."
+    )
+    doctor = commands.add_parser("doctor", help=text, description=text)
+    doctor.add_argument("one", metavar="A", help="an endpoint: its name, OWNER/NAME or id")
+    doctor.add_argument("other", metavar="B", nargs="?", help="another one (default: this client)")
+    doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    doctor.set_defaults(command=_doctor)
     text = "Trust the key that the hub names for an endpoint from now on, whatever it was at first contact."
     trust = commands.add_parser("trust", help=text, description=text)
     trust.add_argument("name", metavar="NAME", help="the endpoint: its id, its name, or owner/name")
@@ -161,6 +170,15 @@ def _explain(said: argparse.Namespace) -> None:
     print(inquiry.as_json(found) if said.json else inquiry.text(found))
     for problem in found.problems:
         print(f"gcref: {problem}", file=sys.stderr)
+
+
+def _doctor(said: argparse.Namespace) -> None:
+    from gcref.directory import doctor
+
+    found = doctor.examine(said.one, said.other)
+    print(doctor.as_json(found) if said.json else doctor.text(found))
+    if not all(direction.chosen for direction in found):
+        raise GcrefError("no way works, or not in both directions; see above")
 
 
 def _key(said: argparse.Namespace) -> None:

@@ -63,7 +63,7 @@ DOORS: Final = {
     "zmq": ("gcref.carriers", "endpoint_worker.worker.channel", "endpoint_worker.agent"),
     "cloudpickle": ("gcref.objects",),
     "tblib": ("gcref.objects",),
-    "xxhash": ("gcref.brains.transfer",),
+    "xxhash": ("gcref.brains.transfer_answers",),
     "requests": ("gcref.directory",),
     "pika": ("gcref.carriers",),
     "nacl": ("gcref.carriers",),
@@ -115,7 +115,7 @@ BEHAVIOURS: Final = (
     *(f"W{number}" for number in range(1, 7)),
     *(f"C{number}" for number in range(1, 5)),
     *(f"L{n}" for n in range(7)),
-    *("F1", "F2", "F3", "F4", "F8", "F9", "F10", "F11"),
+    *(f"F{number}" for number in range(1, 12)),
 )
 
 

@@ -8,7 +8,6 @@ The order of the steps is what makes a start safe:
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import logging
@@ -26,13 +25,16 @@ from typing import Final
 
 from endpoint_worker.agent.control import Control
 from endpoint_worker.agent.functions import Functions
+from endpoint_worker.agent.hub_link import HubLink, OurMailbox
 from endpoint_worker.agent.logs import log_to_stderr
 from endpoint_worker.agent.memory import Memory
 from endpoint_worker.agent.neighbours import KeyRing, Neighbours
 from endpoint_worker.agent.pool import Pool
 from endpoint_worker.agent.ports import StoreProvider, StoreSink
+from endpoint_worker.agent.published import Published
 from endpoint_worker.agent.recovery import NOTHING, TakenUp, take_up
 from endpoint_worker.agent.start import MAX_LINE_BYTES, Order
+from endpoint_worker.agent.trials import Trials
 from endpoint_worker.config import EndpointConfig
 from endpoint_worker.journal import Journal
 from endpoint_worker.store import Store
@@ -47,9 +49,12 @@ from gcref.brains.peers import Peers
 from gcref.brains.peers_events import ENDPOINT, USER, Hello, Identity
 from gcref.brains.resolver import Resolver
 from gcref.carriers import keys
+from gcref.carriers.base import Carrier
 from gcref.carriers.bulk import BulkIdentity, BulkThread
+from gcref.carriers.carriers import Carriers
 from gcref.carriers.zeromq import ZeroMQCarrier
 from gcref.directory import records
+from gcref.directory.hub import HubClient
 from gcref.directory.records import EndpointRecord
 from gcref.errors import ConfigError
 
@@ -92,10 +97,8 @@ class Agent:
         home = Path(order.home) if order.home is not None else None
         folder = records.endpoint_dir(order.name, home) if home is not None else None
         pair = keys.load_or_create(folder / "key") if folder is not None else keys.generate()
-        if home is not None:
-            keys.load_or_create(
-                home / "keys" / "user.key"
-            )  # our owner's: to be known before their first program runs
+        if home is not None:  # our owner's: to be known before their first program runs
+            keys.load_or_create(home / "keys" / "user.key")
 
         before = records.read(order.name, home) if home is not None else None
         self._ephemeral = before.ephemeral if before is not None else order.watch_stdin
@@ -109,7 +112,10 @@ class Agent:
         self._closing.callback(lambda: zygote.leave() if self._is_needed else zygote.close())
 
         allowed = KeyRing(folder / "authorized_keys" if folder is not None else None, home)
-        carrier = ZeroMQCarrier(pair, allowed)
+        hub, mailbox = self._hub(order, settings, home, pair, ways)
+        carrier: Carrier = ZeroMQCarrier(pair, allowed)
+        if mailbox is not None:
+            carrier = Carriers(carrier, mailbox)
         self._closing.callback(carrier.close)
         pool_channel = AgentChannel(f"ipc://{place}/workers.sock")
         self._closing.callback(pool_channel.close)
@@ -145,6 +151,7 @@ class Agent:
             allowed=allowed,
             no_link_s=settings.endpoint_lost_s,
             heartbeat_s=settings.heartbeat_s,
+            mailbox=mailbox,
         )
         bulk.start()
         self._closing.callback(bulk.close)
@@ -157,13 +164,17 @@ class Agent:
                 bulk.listen, settings, settings.bulk_listen_address, "bulk_port", ports[1]
             )
 
+        neighbours = Neighbours(home, ways)
+
         def authorize(key: bytes | None, hello: Hello) -> str | None:
             if key is None:  # ipc: whoever can open the socket is this very user
                 return "worker" if pool.worker_of_party(hello.party) is not None else USER
-            return allowed.get(key)
+            # Who may come in may still not come as another endpoint.
+            return None if neighbours.is_somebody_else(hello.party, key) else allowed.get(key)
 
         epoch = time.time_ns() // 1000
-        identity = Identity(order.id, ENDPOINT, pair.public, epoch)
+        tcp = [tuple(each for each in found if each.startswith("tcp://")) for found in (control, bulks)]
+        identity = Identity(order.id, ENDPOINT, pair.public, epoch, *tcp)
         peers = Peers(identity, authorize, now, heartbeat_s=settings.heartbeat_s)
         functions = Functions()
         journal = self._journal(order, settings)
@@ -179,13 +190,23 @@ class Agent:
             pool=pool,
             store=store,
             bulk=bulk,
-            neighbours=Neighbours(home, ways),
+            neighbours=neighbours,
             allowed=allowed,
             functions=functions,
             memory=memory,
+            hub=hub,
             endpoint_lost_s=settings.endpoint_lost_s,
             lease_s=settings.lease_s,
             store_wait_s=settings.store_wait_s,
+        )
+        self.control.trials = Trials(
+            name=order.name,
+            pair=pair,
+            home=home,
+            carriers=ways,
+            connect=lambda: _hub_client(order),
+            post=self.control.post,
+            say=self.control.say,
         )
         self.control.begin(taken_up, now)
         self.control.watch_workers(pool_channel.socket, zygote.fd)
@@ -200,7 +221,39 @@ class Agent:
         }
         self.control.dump.install()
         if home is not None:
-            self._publish(order, pair, control, bulks, nonce, home)
+            published = self._publish(order, pair, control, bulks, nonce, home)
+            if hub is not None:
+                hub.begin(published, allowed)
+
+    def _hub(
+        self,
+        order: Order,
+        settings: EndpointConfig,
+        home: Path | None,
+        pair: keys.KeyPair,
+        ways: frozenset[str],
+    ) -> tuple[HubLink | None, OurMailbox | None]:
+        """The line to the hub, and the mailbox that it is to open; None where there is none."""
+        if order.hub_url is None or home is None:
+            return None, None
+        mailbox: OurMailbox | None = None
+        if "broker" in ways:
+            from gcref.carriers.amqp import AmqpMailbox  # here: who has no hub does without the library
+
+            mailbox = AmqpMailbox(order.id, pair)
+        hub = HubLink(
+            me=order.id,
+            name=order.name,
+            url=order.hub_url,
+            token=order.token,
+            home=home,
+            mailbox=mailbox,
+            trust_hub=settings.trust_hub,
+            returns=self._returns,
+        )
+        # The last word comes after all that is said by mail; the next life goes on with the mailbox of a failed one.
+        self._closing.callback(lambda: hub.close(in_order=not self._is_needed))
+        return hub, mailbox
 
     def _lock(self, order: Order) -> Path:
         """Be the only process of this endpoint on this machine, and clear away what dead ones left."""
@@ -267,10 +320,10 @@ class Agent:
 
     def _spill_folder(self, order: Order, settings: EndpointConfig) -> Path:
         if settings.spill_dir is not None:
-            folder = (
-                settings.spill_dir / f"gcref-{order.id.hex()}"
-            )  # others may have been told the same place
-            self._closing.callback(shutil.rmtree, folder, ignore_errors=True)
+            # Named by us, because others may have been told the same place.
+            folder = settings.spill_dir / f"gcref-{order.id.hex()}"
+            if not self._returns:
+                self._closing.callback(shutil.rmtree, folder, ignore_errors=True)
             return folder
         return limits.disk_dir(order.id) / "spill" / "objects"
 
@@ -306,7 +359,7 @@ class Agent:
 
     def _publish(
         self, order: Order, pair: keys.KeyPair, control: list[str], bulk: list[str], nonce: str, home: Path
-    ) -> None:
+    ) -> Published:
         record = EndpointRecord(
             id=order.id,
             name=order.name,
@@ -319,8 +372,9 @@ class Agent:
             running=True,
             ephemeral=self._ephemeral,
         )
-        records.write(record, home)
-        self._closing.callback(_withdraw, record, home)
+        published = Published(record, home)
+        self._closing.callback(published.withdraw)
+        return published
 
     # -------------------------------------------------------------------------------------------------- serving
 
@@ -349,6 +403,11 @@ class Agent:
                 self.control.stop()
 
 
+def _hub_client(order: Order) -> HubClient | None:
+    """A line to the hub of its own, for those who may wait."""
+    return None if order.hub_url is None else HubClient(order.hub_url, order.token)
+
+
 def _ports_of(record: EndpointRecord | None) -> tuple[int, int]:
     """The TCP ports of an earlier life, for messages and for bulk; 0: none."""
     if record is None:
@@ -358,11 +417,3 @@ def _ports_of(record: EndpointRecord | None) -> tuple[int, int]:
         for addresses in (record.control, record.bulk)
     ]
     return (found[0] or [0])[0], (found[1] or [0])[0]
-
-
-def _withdraw(record: EndpointRecord, home: Path) -> None:
-    """We cannot be found any more."""
-    if record.ephemeral:
-        records.remove(record.name, home)
-    else:
-        records.write(dataclasses.replace(record, running=False), home)

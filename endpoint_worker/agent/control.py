@@ -16,6 +16,7 @@ import logging
 import math
 import select
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -25,15 +26,19 @@ from endpoint_worker.agent.dump import Dump
 from endpoint_worker.agent.entries import ArgumentGone, Entries, Entry
 from endpoint_worker.agent.functions import Functions
 from endpoint_worker.agent.guests import Guests
+from endpoint_worker.agent.hub_link import HubLink
 from endpoint_worker.agent.losses import pull_failure, unread_arguments, worker_lost
 from endpoint_worker.agent.memory import Memory
-from endpoint_worker.agent.neighbours import Found, KeyRing, Neighbours
+from endpoint_worker.agent.neighbours import KeyRing, Neighbours
 from endpoint_worker.agent.outbox import Outbox
 from endpoint_worker.agent.pool import Message, Pool
-from endpoint_worker.agent.presence import CLIENT, ENDPOINT, Presence
+from endpoint_worker.agent.presence import Presence
+from endpoint_worker.agent.reaching import Reaching
 from endpoint_worker.agent.recovery import TakenUp
 from endpoint_worker.agent.room import Room
+from endpoint_worker.agent.task_news import TaskNews
 from endpoint_worker.agent.telling import Teller
+from endpoint_worker.agent.trials import Trials
 from endpoint_worker.store import Store
 from endpoint_worker.worker import channel
 from endpoint_worker.worker.zygote import Exited, Spawned
@@ -47,7 +52,7 @@ from gcref.brains.resolver import Resolver
 from gcref.brains.tasks import Obj, Task
 from gcref.carriers import bulk as bk
 from gcref.carriers.base import Carrier, FdReady
-from gcref.errors import LostError, LostReason, ProtocolError
+from gcref.errors import LostError, ProtocolError
 from gcref.objects import blob
 from gcref.objects import failure as failures
 from gcref.wire import codec
@@ -57,10 +62,7 @@ log = logging.getLogger("gcref.agent")
 
 NOTIFY_LATER_S: Final = 0.002  # how long outcomes wait for company that only their submitter has not heard of
 RELEASE_LATER_S: Final = 0.02  # how long it waits for company that objects are let go
-_SOURCE_LOST: Final = (
-    "not_found",
-    "source",
-)  # reasons of a pull that failed, for which its home has a remedy
+_SOURCE_LOST: Final = ("not_found", "source")  # a pull failed so: its home has a remedy
 STOP_WORKERS_S: Final = 5.0  # how long a stop waits for the news that the workers are dead
 OUTCOME_ITEMS_MAX: Final = 256  # in one message: 256 inline values of 100 KiB stay below the message limit
 
@@ -81,10 +83,10 @@ class Control:
         allowed: whose keys may come in over TCP.
         functions: the functions that it knows.
         memory: where events are written down before they count.
+        hub: the line to the hub; None: there is none.
         endpoint_lost_s: how long another endpoint may be away before it is given up, seconds.
         lease_s: how long an absent client keeps its pins, seconds.
         store_wait_s: how long results and pulls wait for room in a full store, seconds.
-        status: more facts for STATUS.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Control:
         allowed: KeyRing,
         functions: Functions,
         memory: Memory,
+        hub: HubLink | None = None,
         endpoint_lost_s: float,
         lease_s: float,
         store_wait_s: float,
@@ -116,21 +119,17 @@ class Control:
         self._pool = pool
         self._store = store
         self._bulk = bulk
-        self._neighbours = neighbours
         self._allowed = allowed
         self._functions = functions
         self._memory = memory
-        self._presence = Presence(lease_s=lease_s, endpoint_lost_s=endpoint_lost_s)
+        self._hub = hub
         self._stopping = False
         self.failed = False  # it ended because something of it is broken
+        self.trials: Trials | None = None
         self._started = time.time()
-        self._owner_keys: dict[
-            bytes, bytes
-        ] = {}  # whose bytes are taken only from a link that proved this key
         self._endpoint_lost_s = endpoint_lost_s
-        self._pull_waits: dict[
-            bytes, tuple[float, int, list[Any]]
-        ] = {}  # until, attempt, failure; the oldest first
+        # Until, attempt, failure; the oldest first.
+        self._pull_waits: dict[bytes, tuple[float, int, list[Any]]] = {}
         self._room = room = Room(
             me=me,
             resolver=resolver,
@@ -141,12 +140,35 @@ class Control:
             give_up=lambda id, failure: self._take(ev.PullFailed(id, failure), time.monotonic()),
             wait_s=store_wait_s,
         )
-        self._timed = (peers, resolver, dispatch, store, pool, self._presence, room)
-        self._due_at = math.inf
         self._out = Outbox(peers)
         self._entries = Entries(me, resolver, store)
+        self._guests = Guests()
+        presence = Presence(lease_s=lease_s, endpoint_lost_s=endpoint_lost_s)
+        self._reaching = reaching = Reaching(
+            name=name,
+            peers=peers,
+            bulk=bulk,
+            neighbours=neighbours,
+            presence=presence,
+            functions=functions,
+            is_worker=lambda party: pool.worker_of_party(party) is not None,
+            guests=self._guests,
+            memory=memory,
+            out=self._out,
+            hub=hub,
+            endpoint_lost_s=endpoint_lost_s,
+            take=self._take,
+            obey=self._obey,
+        )
+        self._news = TaskNews(resolver, hub.report) if hub is not None else None
+        timed = (peers, resolver, dispatch, store, pool, reaching, room, self._news)
+        self._timed = tuple(each for each in timed if each is not None)
+        self._due_at = math.inf
+        self._posted: deque[Callable[[float], None]] = deque()
+        if hub is not None:
+            hub.attach(self.post)
         self._cancels = Cancels(
-            resolver, dispatch, pool, self._out, take=self._take, obey=self._obey, to_home=self._to_home
+            resolver, dispatch, pool, self._out, take=self._take, obey=self._obey, to_home=reaching.to_home
         )
         self._killed: dict[int, list[Any]] = {}  # workers that we kill, and what their task is told
         self._refused = 0
@@ -159,11 +181,10 @@ class Control:
             store=store,
             bulk=bulk,
             functions=functions,
-            presence=self._presence,
+            presence=presence,
             now=time.monotonic(),
         )
         self.dump = Dump(name, carrier.wake)
-        self._guests = Guests()
         self._fds: dict[Any, Callable[[float], None]] = {}
         self._table: dict[type, Callable[[Any, float], None]] = {
             # sessions
@@ -171,19 +192,20 @@ class Control:
             pe.Deliver: self._deliver,
             pe.Dial: lambda i, now: carrier.dial(i.link, i.address, i.server_key),
             pe.Hangup: lambda i, now: carrier.hangup(i.link),
-            pe.PeerUp: self._peer_up,
-            pe.PeerDown: self._peer_down,
-            pe.PeerReset: self._peer_reset,
-            pe.AuthRefused: lambda i, now: self._give_up(i.party, "AuthError", i.message, now),
-            pe.Mismatch: lambda i, now: self._give_up(i.party, "VersionMismatchError", i.message, now),
+            pe.PeerUp: reaching.peer_up,
+            pe.PeerDown: reaching.peer_down,
+            pe.DialBack: reaching.dial_back,
+            pe.PeerReset: reaching.peer_reset,
+            pe.AuthRefused: reaching.refused,
+            pe.Mismatch: reaching.mismatch,
             pe.Rejected: lambda i, now: log.warning("dropped what came on a link: %s", i.reason),
             # the graph
             ev.Runnable: self._runnable,
             ev.Withdraw: lambda i, now: self._obey(self._dispatch.handle(dp.Withdraw(i.tasks, now)), now),
             ev.Notify: lambda i, now: self._notify(i.party, i.items),
             ev.NotifyLater: lambda i, now: self._notify(i.party, i.items, now + NOTIFY_LATER_S),
-            ev.Subscribe: lambda i, now: self._to_home(i.home, [m.SUBSCRIBE, i.home, i.items], now),
-            ev.Pins: lambda i, now: self._to_home(i.home, [m.PINS, b"".join(i.ids), i.more], now),
+            ev.Subscribe: lambda i, now: reaching.to_home(i.home, [m.SUBSCRIBE, i.home, i.items], now),
+            ev.Pins: lambda i, now: reaching.to_home(i.home, [m.PINS, b"".join(i.ids), i.more], now),
             ev.Unsubscribe: lambda i, now: self._out.say_by(
                 i.home, [m.UNSUBSCRIBE, b"".join(i.ids)], now + RELEASE_LATER_S
             ),
@@ -233,6 +255,8 @@ class Control:
                     self._obey(peers.handle(event), now)
             if self._bulk.completions:
                 self._bulk_done(now)
+            while self._posted:
+                self._posted.popleft()(now)
             if now >= self._due_at:
                 self._due(now)
             room.turn(now)
@@ -263,7 +287,7 @@ class Control:
             self._cancels.asked([id], force, who, now)
         for party in {*self._resolver.parties(), *self._peers.parties()}:
             if not self._peers.is_up(party) and self._pool.worker_of_party(party) is None:
-                self._presence.is_away(party, self._kind_of(party), now)
+                self._reaching.is_away(party, now)
 
     def _finish(self, now: float) -> None:
         """We were told to stop: the tasks that run end with their workers, which those who wait are to know at once."""
@@ -277,12 +301,18 @@ class Control:
         """Kill them, and take what their pages have: what has ended is not to run again, what runs has lost an attempt."""
         self._table[dp.Spawn] = lambda i, now: None
         stopped = failures.make("WorkerLostError", "the endpoint was stopped while it ran this task")
-        for worker in self._pool.progress():
-            self._killed.setdefault(worker, stopped)
-            self._pool.kill(worker)
-        while self._pool.progress() and (rest := until - time.monotonic()) > 0 and not self.failed:
+        told: set[int] = set()
+        while (left := self._pool.progress()) and (rest := until - time.monotonic()) > 0 and not self.failed:
+            for worker in left.keys() - told:  # also those whose start we hear of only now
+                self._killed.setdefault(worker, stopped)
+                self._pool.kill(worker)
+                told.add(worker)
             select.select([self._pool.zygote.fd], [], [], rest)
             self._worker_processes(time.monotonic())
+
+    def say(self, party: bytes, message: list[Any]) -> None:
+        """Send a message to a party; in the loop."""
+        self._out.say(party, message)
 
     def watch_workers(self, channel_socket: Any, zygote_fd: int) -> None:
         """Listen to the workers and to the process that makes them; before `run`."""
@@ -296,6 +326,11 @@ class Control:
     def watch(self, fd: Any, ready: Callable[[float], None]) -> None:
         """Call `ready(now)` in the loop whenever `fd` (a descriptor or a socket) can be read; before `run`."""
         self._fds[fd] = ready
+
+    def post(self, fn: Callable[[float], None]) -> None:
+        """Have the loop call `fn(now)`, soon, in the order of posting; from any thread."""
+        self._posted.append(fn)
+        self._carrier.wake()
 
     def stop(self) -> None:
         """End the loop; from any thread or signal handler."""
@@ -333,10 +368,12 @@ class Control:
             self._store.tick(now)
         if (at := self._pool.deadline) is not None and at <= now:
             self._pool.tick(now)
-        if (at := self._presence.deadline) is not None and at <= now:
-            self._presence_due(now)
+        if (at := self._reaching.deadline) is not None and at <= now:
+            self._reaching.tick(now)
         if (at := self._room.deadline) is not None and at <= now:
             self._room.tick(now)
+        if self._news is not None and (at := self._news.deadline) is not None and at <= now:
+            self._news.tick(now, time.time())
         for id, (until, attempt, failure) in list(self._pull_waits.items()):
             if until > now:
                 break
@@ -364,7 +401,7 @@ class Control:
         carrier = delivered.carrier
         if not self._guests.only_asks(who.party, delivered.messages):
             self._memory.note_packet(who, carrier, delivered.raw_frame, unix)
-            self._owner_keys[who.party] = who.owner
+            self._reaching.owner_keys[who.party] = who.owner
         for message in delivered.messages:
             kind = message[0]
             try:
@@ -374,6 +411,8 @@ class Control:
                 event = inbox.event_of(message, who, carrier, now, unix)
                 if event is not None:
                     self._obey(self._resolver.handle(event), now)
+                    if kind == m.SUBMIT and self._news is not None and message[1] == self.me:
+                        self._news.submitted([task[0] for task in message[6]], now)
                 else:
                     self._other_message(kind, message, who, now)
             except (ValueError, TypeError, IndexError, KeyError, AttributeError):
@@ -413,82 +452,16 @@ class Control:
             self._out.say(who.party, [m.EXPLAINED, message[1], told])
         elif kind == m.STATUS:
             self._out.say(who.party, [m.STATUS_IS, message[1], self.describe(who.party)])
-
-    def _peer_up(self, up: pe.PeerUp, now: float) -> None:
-        self._presence.is_back(up.party)
-        if up.fresh and self._neighbours.known(up.party):
-            self._take(ev.HomeRestarted(up.party), now)  # it may have told us to forget something, in vain
-
-    def _peer_down(self, down: pe.PeerDown, now: float) -> None:
-        if self._guests.is_gone(down.party):
-            self._obey(self._peers.handle(pe.Forget(down.party)), now)
-        elif self._pool.worker_of_party(down.party) is None:  # else the end of its process tells
-            self._presence.is_away(down.party, self._kind_of(down.party), now)
-
-    def _kind_of(self, party: bytes) -> str:
-        return ENDPOINT if self._neighbours.known(party) else CLIENT
-
-    def _presence_due(self, now: float) -> None:
-        given_up, sought = self._presence.due(now)
-        for party, kind in given_up:
-            if kind == ENDPOINT:
-                text = f"endpoint {ids.text(party)} is out of reach"
-                self._lose_home(party, LostReason.HOME_LOST.value, text, now)
-            self._party_gone(party, now)
-        for party in sought:
-            found = self._neighbours.find_again(party)
-            if found is not None:
-                self._reach(party, found, now)
-
-    def _party_gone(self, party: bytes, now: float, worker: str = "") -> None:
-        """It is not expected to come back: what it held falls, and should we meet again, it hears that we forgot."""
-        self._take(ev.PartyGone(party, worker), now)
-        if self._neighbours.forget(party):  # whoever needs it again looks for it again
-            self._bulk.disconnect(party)
-            self._functions.forget_sent(party)
-        self._owner_keys.pop(party, None)
-        self._memory.forget(party)
-        self._guests.forget(party)
-        self._obey(self._peers.handle(pe.Forget(party)), now)
-
-    def _peer_reset(self, reset: pe.PeerReset, now: float) -> None:
-        text = f"endpoint {ids.text(reset.party)} started anew and has lost what it knew"
-        self._functions.forget_sent(reset.party)
-        self._lose_home(reset.party, LostReason.HOME_LOST.value, text, now)
-        self._take(ev.PartyGone(reset.party), now)
-
-    def _lose_home(self, home: bytes, reason: str, text: str, now: float) -> None:
-        self._take(ev.HomeLost(home, failures.make("EndpointLostError", text, reason=reason)), now)
-
-    def _give_up(self, party: bytes | None, kind: str, text: str, now: float) -> None:
-        log.warning("%s: %s", kind, text)
-        if party is not None:
-            self._take(ev.HomeLost(party, failures.make(kind, text)), now)
-
-    def _to_home(self, home: bytes, message: list[Any], now: float) -> None:
-        """Send to another endpoint; find it first, when it is new to us."""
-        if not self._neighbours.known(home):
-            found = self._neighbours.find(home)
-            if found is None:
-                text = f"endpoint {ids.text(home)} is not known at {self.name}: its record is not in GCREF_HOME there"
-                failure = failures.make("NotFoundError", text)
-                self._take(ev.HomeLost(home, failure), now)
-                return
-            self._reach(home, found, now)
-            self._presence.is_away(home, ENDPOINT, now)
-        self._out.say(home, message)
-
-    def _reach(self, home: bytes, found: Found, now: float) -> None:
-        self._obey(self._peers.handle(pe.Know(home, found.control, now)), now)
-        self._bulk.reach(home, found.bulk, "user")
+        elif kind == m.TRY and self.trials is not None:
+            self.trials.asked(message, who)
 
     def _relay(self, relay: ev.Relay, now: float) -> None:
         message = relay.message
         if message[0] == m.SUBMIT:
             for digest in message[5]:
                 if (code := self._functions.to_send(relay.home, digest)) is not None:
-                    self._to_home(relay.home, [m.FUNCTION, digest, code], now)
-        self._to_home(relay.home, message, now)
+                    self._reaching.to_home(relay.home, [m.FUNCTION, digest, code], now)
+        self._reaching.to_home(relay.home, message, now)
 
     def _notify(self, party: bytes, items: list[Any], by: float | None = None) -> None:
         for at in range(0, len(items), OUTCOME_ITEMS_MAX):
@@ -507,7 +480,7 @@ class Control:
             attempt = obj.attempt
         else:
             token, mode, attempt = self._resolver.token_of(obj), m.MODE_INTO, 1
-        self._bulk.pull(obj.id, attempt, obj.size, source, token, mode, self._owner_keys.get(source))
+        self._bulk.pull(obj.id, attempt, obj.size, source, token, mode, self._reaching.owner_keys.get(source))
 
     def _cancel_pull(self, cancel: ev.CancelPull, now: float) -> None:
         self._bulk.cancel(cancel.id)
@@ -526,13 +499,12 @@ class Control:
         self._obey(self._dispatch.handle(dp.Ready(runnable.tasks, now)), now)
 
     def _bulk_done(self, now: float) -> None:
-        pulled: list[tuple[bytes, int, str, int, bytes | None]] = []
+        pulled: list[tuple[bytes, int, dict[str, int], bytes | None]] = []
         for done in self._bulk.take():
             if isinstance(done, bk.Pulled):
-                carrier, moved = max(done.carriers.items(), key=lambda way: way[1], default=("ipc", 0))
                 obj = self._resolver.objects.get(done.id)
                 refs = self._refs_in(done.id) if obj is not None and obj.home == self.me else None
-                pulled.append((done.id, done.attempt, carrier, moved, refs))
+                pulled.append((done.id, done.attempt, done.carriers, refs))
             elif not self._room.refused(done, now):
                 log.warning("pull of %s failed: %s %s", ids.text(done.id), done.reason, done.message)
                 self._pull_failed(done, now)
@@ -617,9 +589,8 @@ class Control:
     def _lend(self, worker: int, kind: int, id: bytes, now: float) -> None:
         task = self._resolver.objects.get(id)
         if not isinstance(task, Task) or task.worker != worker:
-            self._pool.slot(
-                worker, None
-            )  # it has ended for us (cancelled by force): its process is about to end too
+            # It has ended for us (cancelled by force): its process is about to end too.
+            self._pool.slot(worker, None)
         elif kind == channel.RESUME:
             self._obey(self._dispatch.handle(dp.Resume(worker, task, now)), now)
         else:
@@ -665,9 +636,8 @@ class Control:
         try:
             news = self._pool.zygote.read()
         except LostError as error:
-            log.critical(
-                "%s: the agent ends", error
-            )  # its workers are dead already, and there will be no others
+            # Its workers are dead already, and there will be no others.
+            log.critical("%s: the agent ends", error)
             self.failed = True
             self.stop()
             return
@@ -692,7 +662,7 @@ class Control:
                 self._take(ev.Ended(instruction.tasks, failure, True), now)
             else:
                 self._obey([instruction], now)
-        self._party_gone(party, now, self._pool.name_of(worker))
+        self._reaching.party_gone(party, now, self._pool.name_of(worker))
 
     def _tasks_started(self, started: dp.Started, now: float) -> None:
         unix = time.time()
@@ -728,4 +698,5 @@ class Control:
             "journal_troubles": self._memory.troubles,
             "refused_messages": self._refused,
             "dropped_packets": dict(self._peers.counts),
+            "hub": self._hub.describe() if self._hub is not None else None,
         }

@@ -1,4 +1,4 @@
-"""Guests: parties that only ask how things are (`endpoint-worker status`, `gcref explain`) and go.
+"""Guests: parties that only ask how things are (`endpoint-worker status`, `gcref explain`, `gcref doctor`) and go.
 
 Somebody may ask once a second, for days. Such a party pins nothing and waits for nothing, so nothing of it is kept: neither
 in the journal nor, once its link is down, a session that waits a day for its return.
@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from gcref.wire import messages as m
 
-QUESTIONS: Final = frozenset((m.STATUS, m.EXPLAIN))
+QUESTIONS: Final = frozenset((m.STATUS, m.EXPLAIN, m.TRY))
 
 
 class Guests:

@@ -4,7 +4,8 @@ The rights come from the *role* that the session proved for its party (DESIGN 11
 
     user     submits, puts, subscribes, cancels, asks: its own tasks and objects
     worker   the SDK inside a task of this endpoint; may do the same, and has its submits relayed to other endpoints
-    peer     another endpoint: subscribes and fetches with read tokens, and answers for the objects of its own home
+    peer     another endpoint: subscribes and fetches with read tokens, and answers for the objects of its own home; it may
+             knock (TRY without a target)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from gcref.wire import messages as m
 ID_BYTES: Final = 16
 
 _ANSWERS: Final = frozenset((m.OUTCOME, m.FORGET, m.NEED_FUNCTION, m.STARTED, m.CANCELLED))
-_PEER: Final = frozenset((m.SUBSCRIBE, m.UNSUBSCRIBE, m.PINS)) | _ANSWERS
+_PEER: Final = frozenset((m.SUBSCRIBE, m.UNSUBSCRIBE, m.PINS, m.TRY)) | _ANSWERS
 _USER: Final = _PEER | frozenset((m.SUBMIT, m.FUNCTION, m.OFFER, m.CANCEL, m.ATTACH, m.EXPLAIN, m.STATUS))
 RIGHTS: Final[dict[str, frozenset[int]]] = {"user": _USER, "worker": _USER, "peer": _PEER}
 """Kinds of messages that each role may send."""

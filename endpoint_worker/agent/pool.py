@@ -77,9 +77,6 @@ class Pool:
         self._adopting: dict[int, bool] = {}  # who has not said ADOPTED: whether they have been told
         self._retry_s = _ADOPT_RETRY_S
         self.deadline: float | None = None
-        self.sent = (
-            False  # something was sent since the last `receive`: the socket's descriptor may stay silent
-        )
 
     # ---------------------------------------------------------------------------------------------- processes
 

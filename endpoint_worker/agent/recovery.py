@@ -1,9 +1,11 @@
 """Coming back: what a new agent does with what the one before it left.
 
-journal ─► the resolver as it was          (`Memory.recall`)
-workers ─► results of theirs that the journal does not have; which tasks they are running; which died running one
-store   ─► which bytes are still there
-`Recovered` ─► outcomes, subscriptions, pulls and tasks that may have been lost on the way, said once more
+    journal ─► the resolver as it was          (`Memory.recall`)
+    workers ─► results of theirs that the journal does not have; which tasks they are running; which died running one
+    store   ─► which bytes are still there
+    `Recovered` ─► outcomes, subscriptions, pulls and tasks that may have been lost on the way, said once more
+
+All of it happens before the agent's loop runs; what the loop is to begin with is a `TakenUp`.
 """
 
 from __future__ import annotations

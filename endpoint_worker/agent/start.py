@@ -1,6 +1,6 @@
 """What an agent is told when it starts, and what it answers: one JSON line each way.
 
-    stdin   {"name", "id", "home", "private", "workers", "carriers", "sys_path", "config", "watch_stdin"}
+    stdin   {"name", "id", "home", "private", "workers", "carriers", "sys_path", "config", "watch_stdin", "hub_url", "token"}
     stdout  {"ready": true, "id", "pid", "control", "bulk"}   or   {"error": class name, "message": …}
 
 It comes over stdin and not in the arguments, because arguments can be read by everybody on the machine. With
@@ -30,6 +30,8 @@ class Order(NamedTuple):
         sys_path: import path of the workers; empty: the agent's own.
         config: the endpoint's configuration, as a table.
         watch_stdin: end when stdin ends.
+        hub_url: the hub's address; None: there is no hub.
+        token: proves to it whose endpoint this is. A secret.
     """
 
     name: str
@@ -41,6 +43,12 @@ class Order(NamedTuple):
     sys_path: list[str]
     config: dict[str, Any]
     watch_stdin: bool
+    hub_url: str | None = None
+    token: str | None = None
+
+    def __repr__(self) -> str:
+        # Representations end up in logs; the configuration may hold secrets too.
+        return f"Order(name={self.name!r}, id={ids.text(self.id)})"
 
     @classmethod
     def from_json(cls, told: Any) -> Order:
@@ -60,6 +68,8 @@ class Order(NamedTuple):
                 sys_path=list(told.get("sys_path") or ()),
                 config=dict(told.get("config") or {}),
                 watch_stdin=bool(told.get("watch_stdin")),
+                hub_url=told.get("hub_url"),
+                token=told.get("token"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"the agent was not told what to start: {error!r}") from error

@@ -128,7 +128,7 @@ class Elsewhere:
         obj.record = record
         obj.attempt = attempt
         if status == m.OK:
-            extra.moved = (carrier, len(value))
+            extra.moved = {carrier: len(value)}
             graph.end(obj, DONE, value, len(value))
         elif status == m.STORED:
             obj.size = value
@@ -165,7 +165,7 @@ class Elsewhere:
 
     def pulled(self, event: ev.Pulled) -> None:
         """The bytes of objects are in the store."""
-        for id, attempt, carrier, moved, refs in event.items:
+        for id, attempt, moved, refs in event.items:
             obj = self._graph.objects.get(id)
             if obj is None or obj.extra is None or not obj.extra.pulling:
                 # Nobody wants it any more.
@@ -182,7 +182,7 @@ class Elsewhere:
                 if of_other:
                     continue  # a relayed put: done when its home says so
             obj.attempt = attempt
-            obj.extra.moved = (carrier, moved) if of_other else None
+            obj.extra.moved = moved if of_other else None
             if refs and obj.group is not None:
                 who = ev.Who(obj.group.submitter, "user", obj.group.owner, "client")
                 self._graph.done(obj, None, obj.size, refs, who)

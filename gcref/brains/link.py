@@ -8,9 +8,11 @@
                    └── SPARE ◄────── another one is enough ─────┘
 
     accepted:  HELLO ──► UP ── nothing heard ──► SILENT ── anything heard ──► UP
+       by mail:  HELLO ──► GREETING ── WELCOME ──► UP
 
 A dialled link that freezes is dialled anew, under a new number. An accepted one cannot be: it waits to be heard
-again, or for its party to dial once more.
+again, or for its party to dial once more. Mail can be sent to an accepted link also while it is silent: it waits in its
+party's mailbox.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from gcref.errors import RemoteProtocolError
 from gcref.wire.codec import BYE, PING, pack, pack_packet
 
 if TYPE_CHECKING:
-    from gcref.brains.peers import Peer
+    from gcref.brains.peer import Peer
 
 # States.
 CONNECTING: Final = 0
@@ -48,7 +50,10 @@ VERSION: Final = 3
 GREET_S: Final = 1.0
 """How long a HELLO may be unanswered until it is said again; doubles, seconds."""
 
-RETRY_S: Final = 5.0
+GREET_MAX_S: Final = 5.0
+"""How long it waits at most until it is said again, seconds."""
+
+RETRY_S: Final = 1.0
 """How long to wait until a party that refused us is dialled again; doubles up to `RETRY_MAX_S`, seconds."""
 
 RETRY_MAX_S: Final = 60.0
@@ -62,6 +67,13 @@ so that both sides find out after `MISSED_HEARTBEATS` periods."""
 
 PYTHON: Final = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
+MAX_ADDRESSES: Final = 32
+"""Addresses of one socket that a party may name in its HELLO."""
+
+MAX_ADDRESS_CHARS: Final = 300
+"""A name of a host has at most 253 characters."""
+
+_HELLO_FIELDS: Final = len(Hello._fields) - len(Hello._field_defaults)
 _MAX_TEXT: Final = 1000
 
 
@@ -72,6 +84,7 @@ class LinkState:
         id: its name towards the carrier; a dialled link gets a new one with each `Dial`.
         peer: whose link it is.
         carrier: name of the carrier.
+        by_mail: it goes through mailboxes at the broker: what is sent waits there, and may be delivered again years later.
         rank: of that carrier, 0 is best.
         address: what was dialled; "" for an accepted link.
         server_key: the key that the dialled side must have, z85, or None.
@@ -84,7 +97,7 @@ class LinkState:
         heard_at: when anything was last heard on it, seconds.
         beats: heartbeats asked for since then; the last one at `beat_at`.
         ping_n: number of the last PING; `ping_at` is when, `ping_seq` the last number that was sent before it.
-        nonce: of the last HELLO.
+        nonce: of the last HELLO that was not answered yet; -1: there is none.
         epoch: the epoch of our stream when it was written.
         acked: what the peer had acknowledged then.
         due_at: when something is to be done in this state (other than heartbeats), seconds.
@@ -98,7 +111,7 @@ class LinkState:
     """
 
     __slots__ = (
-        "acked", "address", "attempts", "beat_at", "beats", "carrier", "dialled", "due_at", "epoch", "error",
+        "acked", "address", "attempts", "beat_at", "beats", "by_mail", "carrier", "dialled", "due_at", "epoch", "error",
         "greeting_since", "heard_at", "id", "key", "nonce", "order", "peer", "ping_at", "ping_n",
         "ping_seq", "rank", "refused", "retry_s", "role", "rtt_s", "server_key", "since", "state", "wait_s",
     )  # fmt: skip
@@ -118,6 +131,7 @@ class LinkState:
         self.id = id
         self.peer = peer
         self.carrier = carrier
+        self.by_mail = carrier == "broker"
         self.rank = RANKS.get(carrier, RANKS["direct"])
         self.address = address
         self.server_key = server_key
@@ -133,7 +147,7 @@ class LinkState:
         self.ping_n = 0
         self.ping_at = now
         self.ping_seq = 0
-        self.nonce = 0
+        self.nonce = -1
         self.epoch = 0
         self.acked = 0
         self.due_at = NEVER
@@ -156,8 +170,7 @@ class LinkState:
 
     def heartbeat_at(self, heartbeat_s: float) -> float:
         """When the next sign of life is to be asked for (or missed for good)."""
-        if self.state != UP or self.carrier == "broker":
-            # A mailbox takes everything; that nobody empties it says nothing about the mailbox.
+        if self.state != UP:
             return NEVER
         first = 1.0 if self.dialled else ACCEPTED_PATIENCE
         if not self.beats:
@@ -197,14 +210,20 @@ def hello_frame(kind: int, me: Identity, session: Session, nonce: int) -> bytes:
     """Write a HELLO or a WELCOME."""
     body = [
         PROTOCOL_VERSION, PYTHON, me.party, me.kind, me.owner_key, session.epoch, session.peer_epoch, session.taken,
-        nonce,
+        nonce, me.control, me.bulk,
     ]  # fmt: skip
     return pack_packet(kind, session.epoch, 0, 0, 0, [pack(body)])
 
 
-def bye_frame(code: int, text: str) -> bytes:
-    """Write a BYE. It is said to strangers too, so it speaks of no stream."""
-    return pack_packet(BYE, 0, 0, 0, 0, [pack(code), pack(text)])
+def bye_frame(code: int, text: str, epoch: int = 0) -> bytes:
+    """Write a BYE. It is said to strangers too, so it speaks of no stream of ours.
+
+    Args:
+        code: why.
+        text: for people.
+        epoch: of the stream of the one that it is said to, as far as it is known: its next process is not meant.
+    """
+    return pack_packet(BYE, 0, 0, epoch, 0, [pack(code), pack(text)])
 
 
 def read_hello(messages: list[Any]) -> Hello:
@@ -214,9 +233,10 @@ def read_hello(messages: list[Any]) -> Hello:
         RemoteProtocolError: it is none.
     """
     body = messages[0] if messages else None
-    if type(body) is not list or len(body) < len(Hello._fields):
+    if type(body) is not list or len(body) < _HELLO_FIELDS:
         raise RemoteProtocolError("a HELLO without its fields")
-    hello = Hello(*body[: len(Hello._fields)])
+    control, bulk = [_addresses(field) for field in (*body[_HELLO_FIELDS:], (), ())[:2]]
+    hello = Hello(*body[:_HELLO_FIELDS])._replace(control=control, bulk=bulk)
     numbers = (hello.protocol, hello.epoch, hello.taken_epoch, hello.taken_seq, hello.nonce)
     if any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers):
         raise RemoteProtocolError("a HELLO with a number that is none")
@@ -232,6 +252,19 @@ def read_hello(messages: list[Any]) -> Hello:
     ):
         raise RemoteProtocolError("a HELLO with a field of the wrong type")
     return hello
+
+
+def _addresses(field: Any) -> tuple[str, ...]:
+    """The addresses in a field of a HELLO that can be dialled. Of other kinds there may be some day; they are left out."""
+    if type(field) not in (list, tuple) or len(field) > MAX_ADDRESSES:
+        raise RemoteProtocolError("a HELLO whose addresses are no list, or too many")
+    return tuple(
+        dict.fromkeys(
+            each
+            for each in field
+            if type(each) is str and each.startswith("tcp://") and len(each) <= MAX_ADDRESS_CHARS
+        )
+    )
 
 
 def read_bye(messages: list[Any]) -> tuple[int, str]:

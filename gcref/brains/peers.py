@@ -16,6 +16,8 @@ Rules:
       be that one. What a party may do (`authorize`) is asked in each handshake, and again after a `Revoke`.
     - A peer that starts anew has a new epoch. If it does not remember what it had acknowledged, `PeerReset` says so, and
       what it had not acknowledged is sent to it in a new epoch of ours.
+    - What comes by mail may be old, and meant for an earlier process of ours: such a HELLO is believed only when it knows the
+      present epoch of our stream, or its sender has answered ours. Mail goes on being sent to who is silent: it waits.
     - Strangers, garbage and other versions are counted, told once, and harm nobody else.
 
 Source: the handshake and cumulative acknowledgement follow the session layers of MQTT 5 (section 4.1) and XEP-0198.
@@ -24,11 +26,12 @@ Source: the handshake and cumulative acknowledgement follow the session layers o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from gcref.brains.link import (
     CLOSING,
     CONNECTING,
+    GREET_MAX_S,
     GREET_S,
     GREETING,
     MISSED_HEARTBEATS,
@@ -48,6 +51,7 @@ from gcref.brains.link import (
     read_bye,
     read_hello,
 )
+from gcref.brains.peer import Peer
 from gcref.brains.peers_events import (
     CLIENT,
     ENDPOINT,
@@ -57,6 +61,7 @@ from gcref.brains.peers_events import (
     Candidate,
     Deliver,
     Dial,
+    DialBack,
     Event,
     Forget,
     Hangup,
@@ -79,63 +84,24 @@ from gcref.brains.peers_events import (
     Tick,
     Transmit,
 )
-from gcref.brains.session import NEVER, Session
+from gcref.brains.replaying import Replayed, only_good, replay
+from gcref.brains.session import NEVER
+from gcref.brains.strangers import Strangers
 from gcref.config import HEARTBEAT_S, MAX_MESSAGE_BYTES, PROTOCOL_VERSION
 from gcref.errors import LocalProtocolError, RemoteProtocolError, VersionMismatchError
 from gcref.wire.codec import BYE, DATA, HELLO, PING, PONG, WELCOME, Packet, mismatch, pack, unpack_packet
 from gcref.wire.messages import NAMES, check
 
 __all__ = [
-    "CLIENT", "ENDPOINT", "PEER", "USER", "AuthRefused", "Candidate", "Deliver", "Dial", "Event", "Forget", "Hangup",
-    "Hello", "Identity", "Instruction", "Know", "Link", "LinkDown", "LinkUp", "Mismatch", "PacketIn", "PeerDown",
+    "CLIENT", "ENDPOINT", "PEER", "USER", "AuthRefused", "Candidate", "Deliver", "Dial", "DialBack", "Event", "Forget",
+    "Hangup", "Hello", "Identity", "Instruction", "Know", "Link", "LinkDown", "LinkUp", "Mismatch", "PacketIn", "PeerDown",
     "PeerReset", "PeerUp", "Peers", "Refused", "Rejected", "Replayed", "Revoke", "Role", "Tick", "Transmit", "replay",
 ]  # fmt: skip
 
 MAX_LINKS: Final = 8
 """Accepted links of one party; beyond it the oldest is forgotten (its party dialled again and again)."""
 
-MAX_STRANGERS: Final = 1024
-"""Strangers whose faults are remembered, so that each is told of once."""
-
-STRANGER_QUIET_S: Final = 1.0
-"""A stranger is answered at most so often, seconds."""
-
 _IN_STREAM: Final = (DATA, PING, PONG)
-
-
-class Peer:
-    """What is known of one party.
-
-    Attributes:
-        party: its id.
-        session: the streams.
-        links: dialled and accepted ones.
-        best: the link in use; None: it cannot be talked to.
-        kind: "client" or "endpoint"; "" until it was met.
-        owner_key: as it showed it; None until it was met.
-        python: its Python version.
-        fresh: a new process of it was met, and `PeerUp` has not said so yet.
-        announced: the carrier that `PeerUp` named last; None: it is down.
-        dirty: `flush` is to look at it.
-        resend_to: the number up to which all that is unacknowledged is to be sent again; 0: nothing.
-    """
-
-    __slots__ = (
-        "announced", "best", "dirty", "fresh", "kind", "links", "owner_key", "party", "python", "resend_to", "session",
-    )  # fmt: skip
-
-    def __init__(self, party: bytes, epoch: int) -> None:
-        self.party = party
-        self.session = Session(epoch)
-        self.links: list[LinkState] = []
-        self.best: LinkState | None = None
-        self.kind = ""
-        self.owner_key: bytes | None = None
-        self.python = ""
-        self.fresh = True
-        self.announced: str | None = None
-        self.dirty = False
-        self.resend_to = 0
 
 
 class Peers:
@@ -169,13 +135,12 @@ class Peers:
         self._links: dict[Link, LinkState] = {}
         self._epoch = me.epoch  # of new sessions
         self._next_link = 1
-        self._next_nonce = 1
+        self._next_nonce = me.epoch  # what answers an earlier process answers none of our HELLOs
         self._order = 0
         self._dirty: list[Peer] = []
         self._soon: list[Instruction] = []  # handshakes, heartbeats and good-byes, for the next flush
         self._deadline = NEVER  # not later than the next thing to do; often earlier
-        self._told: set[tuple[object, str]] = set()
-        self._strangers: dict[Link, float] = {}
+        self._strangers = Strangers()
         self._handlers: dict[type, Callable[[Any, list[Instruction]], None]] = {
             PacketIn: self._packet,
             LinkUp: self._link_up,
@@ -255,8 +220,11 @@ class Peers:
     def close(self, now: float) -> list[Instruction]:
         """Say good-bye to everybody, after a last flush. Nothing is to be sent or handled afterwards."""
         out = self.flush(now)
-        frame = bye_frame(CLOSING, "it ends")
-        out += [Transmit(link.id, frame) for link in self._links.values() if link.state in (UP, GREETING)]
+        out += [
+            Transmit(link.id, bye_frame(CLOSING, "it ends", link.peer.session.peer_epoch))
+            for link in self._links.values()
+            if link.state in (UP, GREETING)
+        ]
         return out
 
     # -------------------------------------------------------------------------------------------- what is known
@@ -268,12 +236,13 @@ class Peers:
     def is_up(self, party: bytes) -> bool:
         """Whether a party can be talked to."""
         peer = self._peers.get(party)
-        return peer is not None and peer.best is not None
+        return peer is not None and peer.link_up is not None
 
     def carrier_of(self, party: bytes) -> str | None:
         """The carrier in use; None: it cannot be talked to."""
         peer = self._peers.get(party)
-        return peer.best.carrier if peer is not None and peer.best is not None else None
+        link = peer.link_up if peer is not None else None
+        return link.carrier if link is not None else None
 
     def pending(self, party: bytes | None = None) -> int:
         """How many messages a party (None: all together) has not acknowledged, those that wait here included."""
@@ -290,28 +259,11 @@ class Peers:
     def describe(self, party: bytes) -> dict[str, Any]:
         """Give plain facts about a party, for explanations and status; {} for one that is not known.
 
-        Times are in the clock of `now`. `links` has an entry for each way tried: carrier, address, state, since when,
-        attempts, the last error, round trip.
+        Times are in the clock of `now`. `mailbox`: it is away, and what is sent to it waits in its mailbox. `links` has an
+        entry for each way tried: carrier, address, state, since when, attempts, the last error, round trip.
         """
         peer = self._peers.get(party)
-        if peer is None:
-            return {}
-        session, best = peer.session, peer.best
-        return {
-            "up": best is not None,
-            "carrier": best.carrier if best is not None else None,
-            "since": best.since if best is not None else None,
-            "heard_at": best.heard_at if best is not None else None,
-            "rtt_s": best.rtt_s if best is not None else None,
-            "kind": peer.kind,
-            "python": peer.python,
-            "pending": session.pending,
-            "unacked_bytes": session.unacked_bytes,
-            "queued_bytes": session.queued_bytes,
-            "taken": session.taken,
-            "duplicates": session.duplicates,
-            "links": [link.describe() for link in peer.links],
-        }
+        return {} if peer is None else peer.describe()
 
     def taken(self, party: bytes) -> tuple[int, int]:
         """Give (epoch, last number) of what was taken of a party's stream: what a snapshot keeps for `restore`."""
@@ -360,7 +312,10 @@ class Peers:
                 0, peer, carrier, event.now, address=address, server_key=server_key, dialled=True
             )
             peer.links.append(link)
-            self._dial(link, event.now, out)
+            if peer.link_up is not None and peer.link_up.rank < link.rank:
+                link.become(SPARE, event.now)
+            else:
+                self._dial(link, event.now, out)
 
     def _forget(self, event: Forget, out: list[Instruction]) -> None:
         peer = self._peers.pop(event.party, None)
@@ -382,7 +337,8 @@ class Peers:
                 if link.key not in keys and peer.owner_key not in keys:
                     continue
                 if link.state in (UP, GREETING, SILENT):
-                    self._soon.append(Transmit(link.id, bye_frame(REFUSED, "the key was revoked")))
+                    frame = bye_frame(REFUSED, "the key was revoked", peer.session.peer_epoch)
+                    self._soon.append(Transmit(link.id, frame))
                 if link.dialled:
                     self._wait(link, "its key was revoked", now, out)
                 else:
@@ -399,7 +355,12 @@ class Peers:
 
     def _link_up(self, event: LinkUp, out: list[Instruction]) -> None:
         link = self._links.get(event.link)
-        if link is None or not link.dialled:
+        if link is None:
+            return
+        if not link.dialled:
+            if link is link.peer.best:  # mail flows again: what was posted meanwhile has been dropped
+                link.peer.resend_to = link.peer.session.next_seq - 1
+                self._touch(link.peer)
             return
         if link.state != CONNECTING:
             # A new connection under the same number: what the old one knew is gone.
@@ -412,12 +373,15 @@ class Peers:
         if link.state != GREETING:
             link.greeting_since = now
         link.become(GREETING, now)
+        link.due_at = now + link.wait_s
+        self._arm(link.due_at)
+        self._say_hello(link, now)
+
+    def _say_hello(self, link: LinkState, now: float) -> None:
         link.nonce = self._next_nonce
         link.epoch, link.acked = link.peer.session.epoch, link.peer.session.acked
         self._next_nonce += 1
         link.ping_at = now
-        link.due_at = now + link.wait_s
-        self._arm(link.due_at)
         self._soon.append(Transmit(link.id, hello_frame(HELLO, self.me, link.peer.session, link.nonce)))
 
     def _link_down(self, event: LinkDown, out: list[Instruction]) -> None:
@@ -436,7 +400,7 @@ class Peers:
         self.counts["refused"] += 1
         if event.link is None:
             who = event.key or event.reason
-            if self._first_time(who, "refused"):
+            if self._strangers.first_time(who, "refused"):
                 out.append(AuthRefused(None, event.reason))
             return
         link = self._links.get(event.link)
@@ -483,7 +447,8 @@ class Peers:
 
     def _say_bye(self, link: LinkState) -> None:
         if link.state in (UP, GREETING):
-            self._soon.append(Transmit(link.id, bye_frame(CLOSING, "this link is not needed")))
+            frame = bye_frame(CLOSING, "this link is not needed", link.peer.session.peer_epoch)
+            self._soon.append(Transmit(link.id, frame))
         if link.id in self._links:
             self._soon.append(Hangup(link.id))
             del self._links[link.id]
@@ -492,6 +457,9 @@ class Peers:
         if link.state != UP:
             self._order += 1
             link.order = self._order
+            if link is link.peer.best:  # all of it lies in its mailbox; what is not there is found by asking
+                link.peer.session.resent(now)
+                self._arm(link.peer.session.resend_at)
         link.become(UP, now)
         link.heard_at = now
         link.beats = 0
@@ -504,35 +472,34 @@ class Peers:
         self._choose(link.peer, "", now, out)
 
     def _choose(self, peer: Peer, reason: str, now: float, out: list[Instruction]) -> None:
-        """Use the best link that is up, and say what that changes."""
-        best: LinkState | None = None
-        for link in peer.links:
-            if link.state == UP and (best is None or (link.rank, -link.order) < (best.rank, -best.order)):
-                best = link
-        changed = best is not peer.best
-        peer.best = best
-        if best is None:
+        """Use the best link, and say what that changes."""
+        best = peer.best_link()
+        if best is not peer.best:
+            peer.best = best
+            if best is not None:
+                peer.resend_to = peer.session.next_seq - 1
+                self._touch(peer)
+        if best is None or best.state != UP:
             if peer.announced is not None:
                 peer.announced = None
                 out.append(PeerDown(peer.party, reason))
-            if changed:
-                for link in [link for link in peer.links if link.state == SPARE]:
-                    self._dial(link, now, out)
+            for link in [link for link in peer.links if link.state == SPARE]:
+                self._dial(link, now, out)
             return
-        if changed:
-            peer.resend_to = peer.session.next_seq - 1
-            self._touch(peer)
-            if best.dialled:
-                self._spare_others(best, now)
+        self._spare_others(best, now)
         if peer.fresh or peer.announced != best.carrier:
             out.append(PeerUp(peer.party, best.carrier, peer.fresh))
             peer.fresh = False
             peer.announced = best.carrier
 
     def _spare_others(self, best: LinkState, now: float) -> None:
-        """Hang up other links that we dialled and that are no better; accepted ones are their dialler's to judge."""
+        """Hang up what we dialled and is no better; accepted links are their dialler's to judge.
+
+        Where the best one is accepted, its equals stay: else both sides might hang up what the other one uses.
+        """
+        worse = best.rank if best.dialled else best.rank + 1
         for link in best.peer.links:
-            if link is not best and link.dialled and link.rank >= best.rank and link.state != SPARE:
+            if link is not best and link.dialled and link.rank >= worse and link.state != SPARE:
                 self._say_bye(link)
                 link.become(SPARE, now)
 
@@ -551,7 +518,7 @@ class Peers:
         link_id, frame, key, now, _ = event
         self._now = now
         link = self._links.get(link_id)
-        if link is None or (key != link.key and not link.dialled):
+        if link is None or (key != link.key and (key is not None or not link.dialled)):
             self._from_stranger(event, link, out)
             return
         try:
@@ -605,7 +572,7 @@ class Peers:
                     check(message)
             except RemoteProtocolError as error:
                 self._fault(peer.party, link.id, "message", str(error), out)
-                messages = _only_good(messages)
+                messages = only_good(messages)
             out.append(
                 Deliver(peer.party, link.role, peer.kind, peer.owner_key or b"", messages, raw, link.carrier)
             )
@@ -636,6 +603,9 @@ class Peers:
             self._touch(peer)
 
     def _bye(self, link: LinkState, packet: Packet, now: float, out: list[Instruction]) -> None:
+        if link.by_mail and packet.ack_epoch != link.peer.session.epoch:
+            self.counts["stale"] += 1  # it was said to an earlier process, or in another life of the stream
+            return
         code, text = read_bye(packet[5])
         if code == SAY_HELLO and link.dialled:
             if link.state != GREETING:
@@ -651,8 +621,8 @@ class Peers:
             # If it ends, its connection ends too, and comes again with its next process.
             link.become(GREETING, now, text)
             link.greeting_since = now
-            link.wait_s = RETRY_S
-            link.due_at = now + RETRY_S
+            link.wait_s = GREET_MAX_S
+            link.due_at = now + GREET_MAX_S
             self._arm(link.due_at)
             self._choose(link.peer, text, now, out)
 
@@ -660,6 +630,11 @@ class Peers:
 
     def _from_stranger(self, event: PacketIn, link: LinkState | None, out: list[Instruction]) -> None:
         """Take a packet of an accepted link that is not greeted yet, or that another connection has taken over."""
+        if link is not None and link.dialled:
+            self.counts["stranger"] += (
+                1  # mail in the name of the party that we dialled, with a key that is not its
+            )
+            return
         if link is not None:
             self._drop(link, "another connection took its place", event.now, out)
         if type(event.link) is int and event.link < self._next_link and event.link > 0:
@@ -676,7 +651,9 @@ class Peers:
             self._hello(event, None, packet, out)
         elif packet.kind != BYE:
             self.counts["stranger"] += 1
-            self._answer_stranger(event.link, bye_frame(SAY_HELLO, "say HELLO first"), event.now)
+            self._answer_stranger(
+                event.link, bye_frame(SAY_HELLO, "say HELLO first", packet.epoch), event.now
+            )
 
     def _hello(self, event: PacketIn, link: LinkState | None, packet: Packet, out: list[Instruction]) -> None:
         now = event.now
@@ -686,7 +663,8 @@ class Peers:
             self._fault(link.peer.party if link is not None else None, event.link, "garbage", str(error), out)
             return
         if hello.protocol != PROTOCOL_VERSION:
-            self._other_version(hello.party, link, event.link, str(mismatch(hello.protocol)), now, out)
+            text = str(mismatch(hello.protocol))
+            self._other_version(hello.party, link, event.link, text, now, out, hello.epoch)
             return
         if link is not None and link.peer.party != hello.party:
             if link.dialled:
@@ -704,10 +682,36 @@ class Peers:
         if link is None:
             link = self._accept(peer, event, out)
         link.role = role
-        current = self._meet(peer, link, hello, now, out, answer=False)
+        current = False
+        if not link.by_mail or hello.taken_epoch == peer.session.epoch:
+            current = self._meet(peer, link, hello, now, out, answer=False)
+        else:
+            self._ask_back(link, hello, now, out)
         self._soon.append(Transmit(link.id, hello_frame(WELCOME, self.me, peer.session, hello.nonce)))
         if current and (not link.dialled or link.state == UP):
             self._comes_up(link, now, out)
+            self._tell_addresses(link, hello, out)
+
+    def _ask_back(self, link: LinkState, hello: Hello, now: float, out: list[Instruction]) -> None:
+        """Say HELLO to who may be long gone: mail may be old, and it does not name the present epoch of our stream.
+
+        Nothing is believed until that is answered, with our nonce. The answer to theirs follows ours, so that theirs
+        to ours comes before all that they send when they have it.
+        """
+        if link.state == SILENT:
+            self._say_hello(link, now)
+        elif link.state == UP:
+            if hello.epoch > link.peer.session.peer_epoch:
+                self._greet(link, now)
+                self._choose(link.peer, "it has a new process", now, out)
+        elif link.state == CONNECTING and not link.dialled:
+            self._greet(link, now)
+
+    def _tell_addresses(self, link: LinkState, hello: Hello, out: list[Instruction]) -> None:
+        addresses = hello.control, hello.bulk
+        if link.by_mail and any(addresses) and addresses != link.peer.addresses:
+            link.peer.addresses = addresses
+            out.append(DialBack(link.peer.party, hello.owner_key, *addresses))
 
     def _welcome(self, link: LinkState, packet: Packet, now: float, out: list[Instruction]) -> None:
         peer = link.peer
@@ -716,11 +720,12 @@ class Peers:
         except RemoteProtocolError as error:
             self._fault(peer.party, link.id, "garbage", str(error), out)
             return
-        if link.state != GREETING or hello.nonce != link.nonce:
+        if link.state not in (GREETING, SILENT) or hello.nonce != link.nonce:
             self.counts["stale"] += 1
             return
         if hello.protocol != PROTOCOL_VERSION:
-            self._other_version(peer.party, link, link.id, str(mismatch(hello.protocol)), now, out)
+            text = str(mismatch(hello.protocol))
+            self._other_version(peer.party, link, link.id, text, now, out, hello.epoch)
             return
         if hello.party != peer.party:
             self._refused_by(link, "another party answers there", now, out)
@@ -731,6 +736,7 @@ class Peers:
             return
         self._note(peer, hello)
         link.role = role
+        link.nonce = -1
         link.rtt_s = now - link.ping_at
         epoch = peer.session.epoch
         current = self._meet(peer, link, hello, now, out, answer=True)
@@ -738,6 +744,7 @@ class Peers:
             self._greet(link, now)  # our stream began anew: that must be known before it flows
         elif current:
             self._comes_up(link, now, out)
+            self._tell_addresses(link, hello, out)
 
     def _judge(self, key: bytes | None, hello: Hello) -> tuple[Role | None, str]:
         """Say what a party may do, or why it may nothing."""
@@ -759,13 +766,13 @@ class Peers:
         self, hello: Hello, link: LinkState | None, at: Link, reason: str, now: float, out: list[Instruction]
     ) -> None:
         self.counts["refused"] += 1
-        if self._first_time((hello.party, hello.owner_key), "refused"):
+        if self._strangers.first_time((hello.party, hello.owner_key), "refused"):
             key = hello.owner_key.decode("ascii", "replace")
             out.append(AuthRefused(hello.party, f"the key {key} was refused: {reason}"))
         if link is None:
-            self._answer_stranger(at, bye_frame(REFUSED, reason), now)
+            self._answer_stranger(at, bye_frame(REFUSED, reason, hello.epoch), now)
             return
-        self._soon.append(Transmit(at, bye_frame(REFUSED, reason)))
+        self._soon.append(Transmit(at, bye_frame(REFUSED, reason, hello.epoch)))
         if link.dialled:
             self._wait(link, reason, now, out)
         else:
@@ -780,7 +787,7 @@ class Peers:
         link = LinkState(event.link, peer, event.carrier, event.now, key=event.key, dialled=False)
         peer.links.append(link)
         self._links[event.link] = link
-        self._strangers.pop(event.link, None)
+        self._strangers.is_met(event.link)
         return link
 
     def _meet(
@@ -858,42 +865,29 @@ class Peers:
         text: str,
         now: float,
         out: list[Instruction],
+        epoch: int = 0,
     ) -> None:
         self.counts["version"] += 1
-        if self._first_time(party if party is not None else at, "version"):
+        if self._strangers.first_time(party if party is not None else at, "version"):
             out.append(Mismatch(party, text))
         # The other side cannot read it, but sees our version in its first byte.
         if link is None:
-            self._answer_stranger(at, bye_frame(VERSION, text), now)
-        elif link.dialled:
-            self._soon.append(Transmit(at, bye_frame(VERSION, text)))
+            self._answer_stranger(at, bye_frame(VERSION, text, epoch), now)
+            return
+        self._soon.append(Transmit(at, bye_frame(VERSION, text, epoch)))
+        if link.dialled:
             self._wait(link, text, now, out)
         else:
-            self._soon.append(Transmit(at, bye_frame(VERSION, text)))
             self._drop(link, text, now, out)
 
     def _answer_stranger(self, link: Link, frame: bytes, now: float) -> None:
-        answered_at = self._strangers.get(link)
-        if answered_at is not None and now - answered_at < STRANGER_QUIET_S:
-            return
-        if len(self._strangers) >= MAX_STRANGERS:
-            self._strangers.clear()
-        self._strangers[link] = now
-        self._soon.append(Transmit(link, frame))
-        self._soon.append(Hangup(link))
+        if self._strangers.is_to_be_answered(link, now):
+            self._soon += (Transmit(link, frame), Hangup(link))
 
     def _fault(self, party: bytes | None, link: Link, kind: str, text: str, out: list[Instruction]) -> None:
         self.counts[kind] += 1
-        if self._first_time(party if party is not None else link, kind):
+        if self._strangers.first_time(party if party is not None else link, kind):
             out.append(Rejected(party, link, f"{kind}: {text}"))
-
-    def _first_time(self, who: object, what: str) -> bool:
-        if (who, what) in self._told:
-            return False
-        if len(self._told) >= MAX_STRANGERS:
-            self._told.clear()
-        self._told.add((who, what))
-        return True
 
     # ----------------------------------------------------------------------------------------------------- time
 
@@ -923,10 +917,11 @@ class Peers:
         self._deadline = deadline
 
     def _ask_what_is_taken(self, peer: Peer, now: float) -> None:
-        if peer.best is None:
-            peer.session.resend_at = NEVER  # all of it goes out when a link comes up
+        link = peer.link_up
+        if link is None:
+            peer.session.resend_at = NEVER  # all of it goes out, or is asked for, when a link comes up
             return
-        self._soon.append(Transmit(peer.best.id, peer.best.ping_frame(peer.session, now)))
+        self._soon.append(Transmit(link.id, link.ping_frame(peer.session, now)))
         peer.session.back_off(now)
 
     def _due(self, link: LinkState, now: float, out: list[Instruction]) -> None:
@@ -936,7 +931,7 @@ class Peers:
             if now - link.greeting_since >= MISSED_HEARTBEATS * self._heartbeat_s:
                 self._is_frozen(link, "connected, but no answer to HELLO", now, out)
             else:
-                link.wait_s = min(link.wait_s * 2, RETRY_S)
+                link.wait_s = min(link.wait_s * 2, GREET_MAX_S)
                 self._greet(link, now)
         else:
             link.due_at = NEVER
@@ -952,6 +947,9 @@ class Peers:
             self._soon.append(Transmit(link.id, link.ping_frame(link.peer.session, now)))
 
     def _is_frozen(self, link: LinkState, reason: str, now: float, out: list[Instruction]) -> None:
+        if not link.dialled and not link.order:
+            self._drop(link, reason, now, out)  # it was never up: old mail
+            return
         if not link.dialled:
             link.become(SILENT, now, reason)
             self._choose(link.peer, reason, now, out)
@@ -961,39 +959,3 @@ class Peers:
         self._dial(link, now, out)
         link.error = reason
         self._choose(link.peer, reason, now, out)
-
-
-class Replayed(NamedTuple):
-    """What a journalled frame held.
-
-    Attributes:
-        epoch: of the sender's stream.
-        last_seq: number of its last message.
-        messages: as they were delivered.
-    """
-
-    epoch: int
-    last_seq: int
-    messages: list[Any]
-
-
-def replay(raw_frame: bytes) -> Replayed:
-    """Read a frame of `Deliver.raw_frame` again: the same messages, and what `Peers.restore` is to be told.
-
-    Raises:
-        RemoteProtocolError: it is no such frame.
-    """
-    packet = unpack_packet(raw_frame)
-    last_seq = packet.first_seq + len(packet.messages) - 1
-    return Replayed(packet.epoch, last_seq, _only_good(packet.messages))
-
-
-def _only_good(messages: list[Any]) -> list[Any]:
-    good = []
-    for message in messages:
-        try:
-            check(message)
-        except RemoteProtocolError:
-            continue
-        good.append(message)
-    return good

@@ -30,12 +30,17 @@ class Identity(NamedTuple):
         kind: `CLIENT` or `ENDPOINT`.
         owner_key: the public key of its owner, z85.
         epoch: a number above those of all earlier processes of this party: Unix microseconds at the start will do.
+        control: the `tcp://` addresses where its control socket can be dialled; who is reached by mail alone learns
+            them with the handshake.
+        bulk: the same for its bulk socket.
     """
 
     party: bytes
     kind: str
     owner_key: bytes
     epoch: int
+    control: tuple[str, ...] = ()
+    bulk: tuple[str, ...] = ()
 
 
 class Hello(NamedTuple):
@@ -51,6 +56,8 @@ class Hello(NamedTuple):
         taken_epoch: the epoch of *our* stream that it knows; 0: none.
         taken_seq: the last number that it has taken of that.
         nonce: ties a WELCOME to its HELLO.
+        control: where its control socket can be dialled, `tcp://` addresses.
+        bulk: the same for its bulk socket.
     """
 
     protocol: int
@@ -62,6 +69,8 @@ class Hello(NamedTuple):
     taken_epoch: int
     taken_seq: int
     nonce: int
+    control: tuple[str, ...] = ()
+    bulk: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------- events
@@ -212,10 +221,28 @@ class PeerUp(NamedTuple):
 
 
 class PeerDown(NamedTuple):
-    """All links to a party are gone. Its session stays, and what is sent waits."""
+    """No link to a party is up. Its session stays, and what is sent waits: here, or in its mailbox."""
 
     party: bytes
     reason: str
+
+
+class DialBack(NamedTuple):
+    """A party that is reached by mail says where it listens: it may be dialled there. Told once for each new list.
+
+    The addresses are a claim; who really answers there is proven by the key.
+
+    Attributes:
+        party: which.
+        owner_key: the key that the other side must have, z85.
+        control: `tcp://` addresses of its control socket: candidates beside those that are known.
+        bulk: the same for its bulk socket.
+    """
+
+    party: bytes
+    owner_key: bytes
+    control: tuple[str, ...]
+    bulk: tuple[str, ...]
 
 
 class PeerReset(NamedTuple):
@@ -268,5 +295,15 @@ class Rejected(NamedTuple):
 
 
 Instruction = (
-    Dial | Hangup | Transmit | Deliver | PeerUp | PeerDown | PeerReset | AuthRefused | Mismatch | Rejected
+    Dial
+    | Hangup
+    | Transmit
+    | Deliver
+    | PeerUp
+    | PeerDown
+    | DialBack
+    | PeerReset
+    | AuthRefused
+    | Mismatch
+    | Rejected
 )

@@ -485,10 +485,10 @@ class Resolver:
         for dep in task.deps:
             end = self._graph.resolve(dep)
             if end.extra is not None and end.extra.moved is not None:
-                carrier, size = end.extra.moved
-                end.extra.moved = None
                 moved = moved or {}
-                moved[carrier] = moved.get(carrier, 0) + size
+                for carrier, size in end.extra.moved.items():
+                    moved[carrier] = moved.get(carrier, 0) + size
+                end.extra.moved = None
         return moved
 
     def _take_result(self, task: Task, status: int, value: Any, refs: bytes | None) -> None:

@@ -104,12 +104,12 @@ class Ended(NamedTuple):
 
 
 class Pulled(NamedTuple):
-    """The bytes of these objects are in the store: (id, attempt, carrier, bytes moved, references inside or None).
+    """The bytes of these objects are in the store: (id, attempt, bytes by carrier, references inside or None).
 
     References are told of what was uploaded here; those of another home's object are that home's to pin.
     """
 
-    items: list[tuple[bytes, int, str, int, bytes | None]]
+    items: list[tuple[bytes, int, dict[str, int], bytes | None]]
 
 
 class PullFailed(NamedTuple):

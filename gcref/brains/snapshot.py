@@ -36,7 +36,7 @@ from gcref.brains.tasks import (
     Task,
 )
 
-VERSION: Final = 1
+VERSION: Final = 2
 BATCH: Final = 256
 """Objects in one row."""
 IDS_BATCH: Final = 65_536
@@ -203,7 +203,7 @@ class _Dump:
             if deferred
             else None,
             None if extra.claims is None else [[list(who), token] for who, token in extra.claims],
-            None if extra.moved is None else list(extra.moved),
+            extra.moved,
             None if extra.unsaid is None else [self._head(extra.unsaid[0]), extra.unsaid[1]],
         ]
 
@@ -354,7 +354,7 @@ class _Load:
         if claims is not None:
             extra.claims = [(ev.Who(*who), token) for who, token in claims]
         if moved is not None:
-            extra.moved = (moved[0], moved[1])
+            extra.moved = dict(moved)
         if unsaid is not None:
             extra.unsaid = (self._heads[unsaid[0]], unsaid[1])
         return extra

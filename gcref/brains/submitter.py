@@ -667,7 +667,7 @@ class Submitter:
         peer.state = UP
         peer.since = event.now
         peer.trouble = ""
-        peer.failure = None
+        peer.failure = peer.obstacle = None
         peer.give_up_at = NEVER
         if event.fresh and peer.met:
             self._ask_again(peer)
@@ -711,8 +711,9 @@ class Submitter:
             peer.since = event.now
             peer.look_in = LOOK_AFTER_S
             peer.look_at = event.now
-            if event.now < peer.refused_at + REFUSED_GRACE_S:
-                peer.give_up_at = event.now + REFUSED_GRACE_S
+            if event.now >= peer.refused_at + REFUSED_GRACE_S:
+                peer.failure = None  # it was refused by another way, long ago
+            peer.give_up_at = NEVER if peer.failure is None else event.now + REFUSED_GRACE_S
 
     def _peer_refused(self, event: ev.PeerRefused) -> None:
         peer = self.peers.get(event.peer)
@@ -748,6 +749,7 @@ class Submitter:
         if peer is None or peer.state in (APART, UP):
             return
         peer.trouble = event.text or peer.trouble
+        peer.obstacle = None if peer.met else event.failure
         tired = peer.state == CONNECTING and event.now - peer.since >= NOT_RUNNING_S
         if event.seen == SEEN_GONE:
             self._give_up(peer, self._lost(peer, event.text), for_good=True)
@@ -816,7 +818,7 @@ class Submitter:
             text = f"endpoint {ids.text(peer.id)} was out of reach for {self._endpoint_lost_s:g} s"
             if peer.trouble:
                 text += f" ({peer.trouble})"
-            self._give_up(peer, self._lost(peer, text))
+            self._give_up(peer, peer.obstacle or self._lost(peer, text))
         elif now >= peer.give_up_at and peer.failure is not None:
             self._give_up(peer, peer.failure)
         elif now >= peer.look_at:

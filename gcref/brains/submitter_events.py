@@ -165,12 +165,21 @@ class PeerRefused(NamedTuple):
 
 
 class PeerSeen(NamedTuple):
-    """What a look at a peer's record and lock found: one of the SEEN constants, and a text with the remedy."""
+    """What a look at a peer's record and lock found.
+
+    Attributes:
+        peer: the peer.
+        seen: one of the SEEN constants.
+        text: what is the matter, with the remedy.
+        now: seconds.
+        failure: what its tasks end with, should it never be met; None: that it was out of reach.
+    """
 
     peer: bytes
     seen: str
     text: str
     now: float
+    failure: list[Any] | None = None
 
 
 class Tick(NamedTuple):

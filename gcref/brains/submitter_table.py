@@ -110,11 +110,12 @@ class Peer:
         fetches: values that are being fetched from it.
         full: it has much to take already, so tasks are held back.
         met: it was up before.
+        obstacle: why it cannot be found; None: it was found.
     """
 
     __slots__ = (
-        "failure", "fetches", "full", "functions", "give_up_at", "id", "look_at", "look_in", "met", "open", "outbox",
-        "refused_at", "since", "state", "trouble",
+        "failure", "fetches", "full", "functions", "give_up_at", "id", "look_at", "look_in", "met", "obstacle", "open",
+        "outbox", "refused_at", "since", "state", "trouble",
     )  # fmt: skip
 
     def __init__(self, id: bytes) -> None:
@@ -133,6 +134,7 @@ class Peer:
         self.fetches = 0
         self.full = False
         self.met = False
+        self.obstacle: list[Any] | None = None
 
 
 class Entry:

@@ -73,7 +73,7 @@ class Extra:
         unsaid: the SUBMIT (its shared head, the task) or OFFER that was relayed to the home, until it has answered.
         newer: the home's latest OUTCOME item, when it is of a later attempt than the bytes that are here.
         tries: why each failed attempt failed, one line each.
-        moved: (carrier, bytes) of its way here, until a task's record has counted it.
+        moved: bytes by carrier of its way here, until a task's record has counted it.
     """
 
     __slots__ = (
@@ -112,7 +112,7 @@ class Extra:
         self.deferred: Any = None
         self.claims: list[tuple[Any, bytes]] | None = None
         self.relay: list[Any] | None = None
-        self.moved: tuple[str, int] | None = None
+        self.moved: dict[str, int] | None = None
         self.unsaid: tuple[list[Any], list[Any]] | None = None
         self.newer: list[Any] | None = None
         self.tries: list[str] | None = None

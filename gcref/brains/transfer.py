@@ -13,13 +13,16 @@ Rules:
       late answers, other attempts, strangers.
     - A range is in exactly one state: not asked yet, to be asked again, in flight, or here. `Seal` is given once all
       are here and never before; what fails or is cancelled is aborted as a whole.
-    - Each source has a window of bytes, all sources together another; sources take turns, and so do the pulls of one
-      source, so a small object never waits behind a large one.
+    - Each source has a window of bytes, all sources together another, and there are narrower ones for what comes
+      through mailboxes; sources take turns, and so do the pulls of one source, so a small object never waits behind
+      a large one.
     - Between parties on one machine no bytes need to move. PATH asks for a file to link or map; INTO hands the source
       a file to write to. INTO is asked once: after a doubt nobody can say whether the source still writes, so that
       file is given up and the bytes are pulled into a fresh one.
     - Time is judged by progress: a range is overdue when its link has said nothing for `range_timeout_s`, or has
-      answered a later question while this one lies open for that long.
+      answered a later question while this one lies open for that long. Mail never overtakes mail: there, a question
+      that was passed over is lost, and is asked again at once.
+    - What does not fit into what waits to leave is no loss: it is asked again after a pause of that link.
 
 Pure like all brains: `now` is handed in, and checksums are arithmetic.
 """
@@ -29,13 +32,11 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
-from xxhash import xxh3_64_intdigest
-
+from gcref.brains.transfer_answers import find_wrong, mark_passed_over
 from gcref.brains.transfer_events import (
     Abort,
     Adopt,
     Begin,
-    Buffer,
     Cancel,
     Chunk,
     Done,
@@ -52,10 +53,20 @@ from gcref.brains.transfer_events import (
     SinkFailed,
     Tick,
     Trouble,
+    Unsent,
     WayFailed,
     Write,
 )
-from gcref.brains.transfer_state import LinkState, PullState, Request, Source
+from gcref.brains.transfer_state import BROKER, LinkState, PullState, Request, Source
+from gcref.brains.transfer_windows import (
+    MAIL_TOTAL_BYTES,
+    MAIL_WINDOW_BYTES,
+    RANGE_BYTES,
+    TOTAL_WINDOW_BYTES,
+    WINDOW_BYTES,
+    Windows,
+    pause,
+)
 from gcref.config import ENDPOINT_LOST_S
 from gcref.errors import LocalProtocolError
 from gcref.ids import text
@@ -64,35 +75,18 @@ from gcref.wire.messages import MAY_NOT, MODE_BYTES, MODE_INTO, MODE_PATH, NO_SU
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-RANGE_BYTES: Final = 1024 * 1024
-"""One range. Measured over loopback with CURVE: 1 MiB 0.65-0.72 GB/s, 4 MiB 0.45-0.55, 256 KiB 0.5, 64 KiB 0.35.
-Above 1 MiB the allocator returns each message to the system and the pages are zeroed anew, below it the cost per
-message shows."""
-
-WINDOW_BYTES: Final = 16 * RANGE_BYTES
-"""In flight from one source: covers a link of 1 GB/s with 16 ms of round trip, or 100 MB/s with 160 ms."""
-
-TOTAL_WINDOW_BYTES: Final = 4 * WINDOW_BYTES
-"""In flight from all sources: bounds the memory of what has arrived and is not written yet."""
-
-WINDOW_RANGES: Final = 64
-"""Ranges in flight from one source, which is what bounds a crowd of small objects."""
-
 RANGE_TIMEOUT_S: Final = 30.0
 """A range on a link of 1 Mbit/s, with room for those before it: they extend it by arriving."""
 
 WHOLE_BYTES_PER_S: Final = 50e6
 """What a source on this machine writes at the very least when it is asked to fill or restore a whole file."""
 
+_REQUEST_MASK: Final = 0xFFFFFFFF
+
 STRIKES_MAX: Final = 20
 STRIKE_BAD: Final = 4
 STRIKE_CUT: Final = 1
 """A range is given up after five wrong or missing answers, or after its link went down twenty times under it."""
-
-
-def checksum(data: Buffer) -> int:
-    """The checksum of a range, as CHUNK carries it: XXH3, 64 bits."""
-    return xxh3_64_intdigest(data)
 
 
 # ------------------------------------------------------------------------------------------------------- brain
@@ -105,6 +99,10 @@ class Transfers:
         range_bytes: size of a range.
         window_bytes: in flight from one source.
         total_window_bytes: in flight from all.
+        mail_window_bytes: in flight from one source through its mailbox.
+        mail_total_bytes: in flight through mailboxes from all.
+        first_request: the number of the first question. A number that no earlier process of this party has used of
+            late keeps answers to that one's questions out, which may wait in a mailbox.
         range_timeout_s: patience with one range, in seconds.
         no_link_s: how long a pull waits for a link to its source, in seconds.
 
@@ -119,13 +117,15 @@ class Transfers:
         range_bytes: int = RANGE_BYTES,
         window_bytes: int = WINDOW_BYTES,
         total_window_bytes: int = TOTAL_WINDOW_BYTES,
+        mail_window_bytes: int = MAIL_WINDOW_BYTES,
+        mail_total_bytes: int = MAIL_TOTAL_BYTES,
+        first_request: int = 0,
         range_timeout_s: float = RANGE_TIMEOUT_S,
         no_link_s: float = ENDPOINT_LOST_S,
     ) -> None:
         self.received: dict[tuple[bytes, str], int] = {}
         self._range_bytes = range_bytes
-        self._window_bytes = window_bytes
-        self._total_window_bytes = total_window_bytes
+        self._windows = Windows(window_bytes, total_window_bytes, mail_window_bytes, mail_total_bytes)
         self._range_timeout_s = range_timeout_s
         self._no_link_s = no_link_s
         self._pulls: dict[bytes, PullState] = {}
@@ -134,8 +134,7 @@ class Transfers:
         self._troubles: dict[bytes, tuple[str, bool]] = {}  # why a party has no link; whether it refused us
         self._requests: dict[int, Request] = {}
         self._hungry: deque[Source] = deque()
-        self._in_flight = 0
-        self._next_request = 0
+        self._next_request = first_request & _REQUEST_MASK
         self._next_order = 0
         self._check_at: float | None = None
         self._handlers: dict[type[Any], Callable[[Any, list[Instruction]], None]] = {
@@ -144,6 +143,7 @@ class Transfers:
             LinkUp: self._link_up,
             LinkDown: self._link_down,
             Trouble: self._trouble,
+            Unsent: self._unsent,
             Chunk: self._chunk,
             WayFailed: self._way_failed,
             Sealed: self._sealed,
@@ -325,7 +325,7 @@ class Transfers:
     def _ask_all(self, now: float, out: list[Instruction]) -> None:
         """Fill the windows, one range of one source after the other. Who cannot go on leaves until woken."""
         hungry = self._hungry
-        while hungry and self._in_flight < self._total_window_bytes:
+        while hungry and self._windows.are_open():
             source = hungry.popleft()
             if self._ask_one(source, now, out):
                 hungry.append(source)
@@ -333,7 +333,7 @@ class Transfers:
                 source.listed = False
 
     def _ask_one(self, source: Source, now: float, out: list[Instruction]) -> bool:
-        if source.in_flight >= self._window_bytes or source.requests() >= WINDOW_RANGES:
+        if not self._windows.admit_source(source, now):
             return False
         wanting = source.wanting
         for _ in range(len(wanting)):
@@ -342,12 +342,13 @@ class Transfers:
             if pull.ended or not pull.wants():
                 continue
             link = pull.choose()
-            if link is not None:
+            asked = link is not None and self._windows.admit(link, now)
+            if link is not None and asked:
                 self._ask(pull, link, now, out)
             if pull.wants():
                 pull.listed = True
                 wanting.append(pull)
-            if link is not None:
+            if asked:
                 return True
         return False
 
@@ -367,14 +368,13 @@ class Transfers:
             pull.frontier = min(offset + self._range_bytes, pull.size)
         length = pull.length(offset, self._range_bytes)
         number = self._next_request
-        self._next_request = (number + 1) & 0xFFFFFFFF
+        self._next_request = (number + 1) & _REQUEST_MASK
         patience_s = self._range_timeout_s
         if pull.way != MODE_BYTES:
             patience_s += pull.size / WHOLE_BYTES_PER_S
         request = Request(number, pull, offset, length, link, now, patience_s)
         self._requests[number] = link.requests[number] = pull.asked[offset] = request
-        pull.source.in_flight += request.weight
-        self._in_flight += request.weight
+        self._windows.add(request)
         self._check_by(now + patience_s)
         out.append(Fetch(link.number, number, pull.id, pull.attempt, offset, length, pull.way, pull.token))
 
@@ -385,8 +385,8 @@ class Transfers:
         del request.link.requests[request.number]
         del pull.asked[request.offset]
         request.link.owed += 1
-        pull.source.in_flight -= request.weight
-        self._in_flight -= request.weight
+        for source in self._windows.remove(request):
+            self._wake(source)
 
     def _forget_all(self, pull: PullState) -> None:
         for request in list(pull.asked.values()):
@@ -408,6 +408,20 @@ class Transfers:
             pull.again.append(request.offset)
             self._list(pull)
 
+    def _unsent(self, event: Unsent, out: list[Instruction]) -> None:
+        request = self._requests.get(event.request)
+        if request is None or request.link.number != event.link:
+            return
+        link, pull = request.link, request.pull
+        self._forget(request)
+        link.owed -= 1
+        pull.again.appendleft(request.offset)
+        self._list(pull)
+        # Others of the same batch did not leave either: that is one trouble, not many.
+        if event.now >= link.paused_until:
+            pause(link, event.now)
+        self._check_by(link.paused_until)
+
     # ----------------------------------------------------------------------------------------------- answers
 
     def _chunk(self, event: Chunk, out: list[Instruction]) -> None:
@@ -421,21 +435,29 @@ class Transfers:
             return
         link, pull = request.link, request.pull
         link.heard_at = event.now
-        for earlier in link.requests.values():
-            if earlier is request:
-                break
-            earlier.overtaken = True
+        link.pause_s = link.paused_until = 0.0
+        passed_over = mark_passed_over(request)
         self._forget(request)
         link.owed -= 1
         self._wake(pull.source)
-        if event.error is not None:
-            self._take_error(request, event.error, out)
-        elif (wrong := _find_wrong(event, request)) is not None:
+        wrong = find_wrong(event, request)
+        if wrong is not None:
             link.strikes += 1
             self._again(request, STRIKE_BAD, PullReason.CORRUPT, wrong, out)
+        elif event.error is not None:
+            self._take_error(request, event.error, out)
         else:
             self._take(request, event, out)
+        if link.rank == BROKER:
+            self._ask_lost(passed_over, out)
         self._ask_all(event.now, out)
+
+    def _ask_lost(self, requests: list[Request], out: list[Instruction]) -> None:
+        """Mail keeps its order: these questions, or their answers, are lost."""
+        for request in requests:
+            if self._requests.get(request.number) is request:  # else it was closed, together with its pull
+                self._forget(request)
+                self._again(request, STRIKE_CUT, PullReason.TIMEOUT, "mail was lost", out)
 
     def _take(self, request: Request, event: Chunk, out: list[Instruction]) -> None:
         pull, link = request.pull, request.link
@@ -487,6 +509,11 @@ class Transfers:
                 self._give_up_waiting(pull, out)
             else:
                 self._check_by(pull.stranded_at + self._no_link_s)
+        for link in self._links.values():
+            if now < link.paused_until:
+                self._check_by(link.paused_until)
+            elif link.pause_s:
+                self._wake(link.source)
         for request in list(self._requests.values()):
             if self._requests.get(request.number) is not request:
                 continue  # closed meanwhile, together with its pull
@@ -511,13 +538,18 @@ class Transfers:
 
     def validate(self) -> None:
         """Assert what always holds. For tests, after each event."""
-        assert self._in_flight == sum(request.weight for request in self._requests.values())
+        windows = self._windows
+        assert windows.in_flight == sum(request.weight for request in self._requests.values())
+        assert windows.mail_in_flight == sum(source.mail_in_flight for source in self._sources.values())
+        assert windows.mail_in_flight < windows.mail_total_bytes + self._range_bytes
         assert sum(len(link.requests) for link in self._links.values()) == len(self._requests)
         for source in self._sources.values():
             assert source.links or source.pulls
             mine = [r for r in self._requests.values() if r.pull.source is source]
             assert source.in_flight == sum(request.weight for request in mine)
-            assert source.in_flight < self._window_bytes + self._range_bytes
+            assert source.in_flight < windows.window_bytes + self._range_bytes
+            assert source.mail_in_flight == sum(r.weight for r in mine if r.link.rank == BROKER)
+            assert source.mail_in_flight < windows.mail_window_bytes + self._range_bytes
             for pull in source.pulls.values():
                 assert self._pulls[pull.id] is pull
                 assert not pull.ended
@@ -534,21 +566,3 @@ class Transfers:
         assert pull.sealing == (pull.missing == 0)
         assert (pull.choose() is None) == (pull.stranded_at is not None)
         assert not pull.wants() or pull.listed
-
-
-def _find_wrong(event: Chunk, request: Request) -> str | None:
-    """What is wrong with this answer, or None."""
-    pull = request.pull
-    if (event.id, event.attempt) != (pull.id, pull.attempt):
-        return "the answer is about another object or attempt"
-    if (event.offset, event.length) != (request.offset, request.length):
-        return f"the answer is range {event.offset}+{event.length}"
-    if pull.way == MODE_PATH:
-        return None if event.path else "the answer has no path"
-    if pull.way == MODE_INTO:
-        return None
-    if len(event.data) != request.length:
-        return f"the answer has {len(event.data)} bytes"
-    if (event.checksum or request.link.rank) and checksum(event.data) != event.checksum:
-        return "the checksum does not fit"
-    return None

@@ -80,6 +80,14 @@ class Trouble(NamedTuple):
     refused: bool
 
 
+class Unsent(NamedTuple):
+    """A `Fetch` did not leave: too much is waiting to go out over that link. It will not be answered."""
+
+    link: int
+    request: int
+    now: float
+
+
 class Chunk(NamedTuple):
     """An answer: the fields of CHUNK, shape-checked, with the bytes that came along."""
 
@@ -126,7 +134,7 @@ class Tick(NamedTuple):
 
 
 Event: TypeAlias = (
-    Pull | Cancel | LinkUp | LinkDown | Trouble | Chunk | WayFailed | Sealed | SinkFailed | Tick
+    Pull | Cancel | LinkUp | LinkDown | Trouble | Unsent | Chunk | WayFailed | Sealed | SinkFailed | Tick
 )
 
 # ------------------------------------------------------------------------------------------------ instructions

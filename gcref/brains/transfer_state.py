@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 RANKS: Final = {"ipc": 0, "direct": 1, "broker": 2}
 """Carriers, the best first."""
 
+BROKER: Final = RANKS["broker"]
+
 
 class PullState:
     """One object on its way. `way` is None until the first range is asked, `stranded_at` until no link will do."""
@@ -83,10 +85,12 @@ class LinkState:
     """A way to a source. `order` tells which came up first.
 
     `requests` are the open questions, the oldest first; `owed` counts those that were closed without an answer.
+    Until `paused_until` nothing is asked over it; `pause_s` is how long the last such pause was.
     """
 
     __slots__ = (
-        "carrier", "heard_at", "key", "number", "order", "owed", "rank", "requests", "source", "strikes",
+        "carrier", "heard_at", "key", "number", "order", "owed", "pause_s", "paused_until", "rank", "requests",
+        "source", "strikes",
     )  # fmt: skip
 
     def __init__(self, event: LinkUp, source: Source, order: int) -> None:
@@ -99,6 +103,8 @@ class LinkState:
         self.heard_at = event.now
         self.strikes = 0
         self.owed = 0
+        self.pause_s = 0.0
+        self.paused_until = 0.0
         self.requests: dict[int, Request] = {}
 
 
@@ -139,7 +145,7 @@ class Request:
 class Source:
     """A party that we pull from."""
 
-    __slots__ = ("in_flight", "links", "listed", "party", "pulls", "wanting")
+    __slots__ = ("in_flight", "links", "listed", "mail_in_flight", "party", "pulls", "wanting")
 
     def __init__(self, party: bytes) -> None:
         self.party = party
@@ -147,6 +153,7 @@ class Source:
         self.pulls: dict[bytes, PullState] = {}
         self.wanting: deque[PullState] = deque()  # pulls with ranges to ask, in turn
         self.in_flight = 0
+        self.mail_in_flight = 0
         self.listed = False
 
     def requests(self) -> int:

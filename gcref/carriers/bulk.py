@@ -19,6 +19,7 @@ A client and an agent have one each. Everything but `read`, `write` and the like
 
 Rules:
     - A range is sent from where it lies. ZeroMQ keeps the buffer until it has gone out; the `Reading` is released then.
+      What goes through a mailbox is sealed, and copied for that.
     - A range is copied once, from where ZeroMQ put it into the sink. Who writes decides whether that holds the GIL.
     - Rights are those of the key of each frame, looked up when the frame is handled. A peer shows a read token.
     - Provider and sink are called on the bulk thread; whatever they raise ends one pull or one question, nothing else.
@@ -35,39 +36,30 @@ and windows from 4 to 16 MiB made no difference.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from gcref import ids
 from gcref.brains import transfer_events as ev
-from gcref.brains.transfer import RANGE_TIMEOUT_S, Transfers, checksum
+from gcref.brains.transfer import RANGE_TIMEOUT_S, Transfers
 from gcref.carriers.bulk_link import BulkIdentity, Down, Link, Message, Requester, Unreached, Up, write_header
 from gcref.carriers.bulk_links import Links
 from gcref.carriers.bulk_outbox import Outbox, Waker
 from gcref.carriers.bulk_ports import Completion, Provider, Pulled, PullFailed, Reading, Sink, Writable
-from gcref.config import ENDPOINT_LOST_S, HEARTBEAT_S, MAX_MESSAGE_BYTES
-from gcref.errors import AuthError
-from gcref.wire.messages import (
-    CHUNK,
-    FETCH,
-    MAX_TEXT,
-    MAY_NOT,
-    MODE_BYTES,
-    MODE_INTO,
-    MODE_PATH,
-    NO_SUCH_OBJECT,
-    SOURCE_FAILED,
-    WAY_CLOSED,
-)
+from gcref.carriers.bulk_serving import Server
+from gcref.config import ENDPOINT_LOST_S, HEARTBEAT_S
+from gcref.wire.messages import CHUNK, FETCH, MODE_BYTES, MODE_INTO, MODE_PATH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from gcref.brains.peers_events import Candidate
+    from gcref.carriers.post import Mailbox
 
 __all__ = [
     "MODE_BYTES", "MODE_INTO", "MODE_PATH", "BulkIdentity", "BulkThread", "Completion", "Provider", "PullFailed",
@@ -75,9 +67,6 @@ __all__ = [
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
-
-_COPY_BELOW_BYTES: Final = 64 * 1024
-"""Smaller ranges are copied for the send: that costs less than a message of the garbage collector's thread."""
 
 
 class BulkThread:
@@ -93,6 +82,7 @@ class BulkThread:
         range_timeout_s: patience with one range, in seconds.
         no_link_s: how long a pull waits for a link to its source, in seconds.
         heartbeat_s: silence after which a link is asked for a sign of life, seconds.
+        mailbox: our mailbox, whose lane for bulk becomes this thread's; None: there is none. It is not closed here.
 
     Attributes:
         completions: what has ended and was not taken yet.
@@ -109,24 +99,29 @@ class BulkThread:
         range_timeout_s: float = RANGE_TIMEOUT_S,
         no_link_s: float = ENDPOINT_LOST_S,
         heartbeat_s: float = HEARTBEAT_S,
+        mailbox: Mailbox | None = None,
     ) -> None:
         self.completions: deque[Completion] = deque()
-        self._provider = provider
+        self._kind = me.kind
         self._sink = sink
         self._wake_control = wake
-        self._brain = Transfers(range_timeout_s=range_timeout_s, no_link_s=no_link_s)
+        first_request = int.from_bytes(os.urandom(4), "big")
+        self._brain = Transfers(
+            range_timeout_s=range_timeout_s, no_link_s=no_link_s, first_request=first_request
+        )
         self._links = Links(
             me,
             {} if allowed is None else allowed,
             partial(self._guarded, self._take_link_event),
             heartbeat_s=heartbeat_s,
+            mailbox=mailbox,
         )
         self._by_number: dict[int, Link] = {}
         self._writables: dict[bytes, Writable] = {}
         self._causes: dict[bytes, BaseException] = {}
-        self._sent: dict[tuple[bytes, str], int] = {}
         self._waker = Waker()
         self._outbox = Outbox(self._waker.wake)
+        self._server = Server(provider, self._links.requester, self._outbox)
         self._commands: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._closing = self._ended = False
         self._thread = threading.Thread(target=self._run, name="gcref-bulk", daemon=True)
@@ -169,9 +164,9 @@ class BulkThread:
 
         Args:
             party: who must answer there.
-            address: `tcp://…` or `ipc://…`.
+            address: `tcp://…`, `ipc://…` or `mailbox://…`.
             server_key: the key that he must prove (z85); None is possible over ipc only.
-            carrier: `ipc` or `direct`.
+            carrier: `ipc`, `direct` or `broker`.
             role: what that party may do over this link; None: as the list says, else `peer`.
         """
         self._command(self._links.connect, party, address, server_key, carrier, role)
@@ -238,7 +233,7 @@ class BulkThread:
         found = {
             (party, carrier, "in"): count for (party, carrier), count in self._brain.received.copy().items()
         }
-        for (party, carrier), count in self._sent.copy().items():
+        for (party, carrier), count in self._server.sent.copy().items():
             found[party, carrier, "out"] = count
         return found
 
@@ -265,6 +260,10 @@ class BulkThread:
         if self._thread is not threading.current_thread():
             self._thread.join()
 
+    def use_mailbox(self, mailbox: Mailbox) -> None:
+        """Our mailbox, where it was opened only after this thread was made; a second one is not taken."""
+        self._command(self._links.mail.use, mailbox, self._waker.wake)
+
     def _command(self, run: Callable[..., None], *args: Any) -> None:
         self._commands.append((run, args))
         self._waker.wake()
@@ -272,17 +271,22 @@ class BulkThread:
     # ---------------------------------------------------------------------------------------------- the loop
 
     def _run(self) -> None:
-        links, brain, commands = self._links, self._brain, self._commands
+        links, brain, commands, server = self._links, self._brain, self._commands, self._server
         links.watch_descriptor(self._waker.descriptor, self._waker.clear)
+        links.mail.attach(self._waker.wake)
         try:
             while not self._closing:
                 deadline = brain.deadline
-                timeout_s = None if deadline is None else deadline - time.monotonic()
+                moments = [at for at in (deadline, server.retry_at) if at is not None]
+                timeout_s = min(moments) - time.monotonic() if moments else None
                 links.poll(0 if commands else timeout_s)
                 while commands:
                     run, args = commands.popleft()
                     self._guarded(run, *args)
+                self._guarded(links.mail.take)
                 self._outbox.release()
+                if server.retry_at is not None and time.monotonic() >= server.retry_at:
+                    self._guarded(server.serve_waiting)
                 if deadline is not None and time.monotonic() >= deadline:
                     self._guarded(self._tell, ev.Tick(time.monotonic()))
         finally:
@@ -342,7 +346,7 @@ class BulkThread:
                 if fields[0] == CHUNK:
                     self._tell(ev.Chunk._make((link.number, *fields[1:9], data, time.monotonic())))
                 elif fields[0] == FETCH:
-                    self._serve(link, fields)
+                    self._server.serve(link, fields)
             case Up():
                 self._by_number[link.number] = link
                 self._tell(ev.LinkUp(link.number, link.party, link.carrier, link.key, time.monotonic()))
@@ -356,15 +360,17 @@ class BulkThread:
 
     def _tell(self, event: ev.Event) -> None:
         """Tell the brain, and do what it says until it says nothing more."""
-        completed = len(self.completions)
+        completed = False  # not by counting: others take what has completed at any time
         events: deque[ev.Event] = deque((event,))
         while events:
             failed: set[bytes] = set()
             for instruction in self._brain.handle(events.popleft()):
+                completed |= isinstance(instruction, ev.Done | ev.Failed)
                 if instruction.id not in failed and (news := self._obey(instruction)) is not None:
                     events.append(news)
-                    failed.add(instruction.id)
-        if len(self.completions) > completed:
+                    if not isinstance(news, ev.Unsent):
+                        failed.add(instruction.id)
+        if completed:
             self._wake_control()
 
     def _obey(self, instruction: ev.Instruction) -> ev.Event | None:
@@ -410,9 +416,9 @@ class BulkThread:
             if path is None:
                 return ev.WayFailed(fetch.id, "the store cannot be shared", time.monotonic())
         link = self._by_number[fetch.link]
-        # One that does not go out is asked again: by the end of the link, or by the clock.
-        link.send(write_header([FETCH, *fetch[1:], path]))
-        return None
+        if link.send(write_header([FETCH, *fetch[1:], path, self._kind])):
+            return None
+        return ev.Unsent(fetch.link, fetch.request, time.monotonic())
 
     def _adopt(self, id: bytes, attempt: int, path: str, size: int) -> ev.Event:
         try:
@@ -421,77 +427,6 @@ class BulkThread:
             log.info("bulk: %s comes as bytes, its file cannot be had: %s", ids.text(id), error)
             return ev.WayFailed(id, str(error), time.monotonic())
         return ev.Sealed(id, time.monotonic())
-
-    # ----------------------------------------------------------------------------------------------- serving
-
-    def _serve(self, link: Link, fields: list[Any]) -> None:
-        """Answer a FETCH: with a range, a path, or why not."""
-        _, request, id, attempt, offset, length, mode, token = fields[:8]
-        try:
-            requester = self._links.requester(link)
-            if requester is None or (requester.role == "peer" and token is None):
-                raise AuthError(
-                    "this key may not read here" if requester is None else "a read token is missing"
-                )
-            if mode == MODE_BYTES:
-                self._serve_range(link, request, requester, id, attempt, offset, length, token)
-                return
-            if link.carrier != "ipc":
-                raise NotImplementedError("files are shared within a machine only")
-            if mode == MODE_PATH:
-                path, size = self._provider.expose(id, attempt, requester, token)
-            else:
-                path, size = "", self._provider.fill(id, attempt, fields[8], requester, token)
-            if size != length:
-                raise LookupError(f"object {ids.text(id)} has {size} bytes here, not {length}")
-        except Exception as error:
-            code = _code_of(error, mode)
-            if code == SOURCE_FAILED:
-                log.exception("bulk: reading %s for %s failed", ids.text(id), ids.text(link.party))
-            answer = [code, f"{type(error).__name__}: {error}"[: MAX_TEXT // 8]]
-            link.send(write_header([CHUNK, request, id, attempt, offset, length, 0, None, answer]))
-            return
-        self._count_sent(link, length)
-        link.send(write_header([CHUNK, request, id, attempt, offset, length, 0, path or None, None]))
-
-    def _serve_range(
-        self,
-        link: Link,
-        request: int,
-        requester: Requester,
-        id: bytes,
-        attempt: int,
-        offset: int,
-        length: int,
-        token: bytes | None,
-    ) -> None:
-        if length > MAX_MESSAGE_BYTES:
-            raise LookupError(f"a range of {length} bytes is over the limit of {MAX_MESSAGE_BYTES}")
-        reading = self._provider.read(id, attempt, offset, length, requester, token)
-        kept = False
-        try:
-            view = memoryview(reading.buffer)
-            if view.nbytes != length:
-                raise LookupError(f"object {ids.text(id)} has no range {offset}+{length}")
-            # Within a machine the kernel carries it from memory to memory; beyond, many things lie in between.
-            digest = 0 if link.carrier == "ipc" else checksum(view)
-            header = write_header([CHUNK, request, id, attempt, offset, length, digest, None, None])
-            if length < _COPY_BELOW_BYTES:
-                sent = link.send(header, view)
-            else:
-                self._outbox.keep(view, reading)
-                kept = True
-                sent = link.send(header, view, copy=False)
-        finally:
-            if not kept:
-                view = memoryview(b"")  # the view goes before what it is a view of
-                reading.release()
-        if sent:
-            self._count_sent(link, length)
-
-    def _count_sent(self, link: Link, length: int) -> None:
-        count = (link.party, link.carrier)
-        self._sent[count] = self._sent.get(count, 0) + length
 
 
 def _settle_allocator() -> None:
@@ -504,13 +439,3 @@ def _settle_allocator() -> None:
     Source: mallopt(3), M_MMAP_THRESHOLD.
     """
     bytearray(31 * 1024 * 1024)
-
-
-def _code_of(error: Exception, mode: int) -> int:
-    if isinstance(error, LookupError):
-        return NO_SUCH_OBJECT
-    if isinstance(error, AuthError):
-        return MAY_NOT
-    if mode != MODE_BYTES and isinstance(error, OSError | NotImplementedError):
-        return WAY_CLOSED
-    return SOURCE_FAILED

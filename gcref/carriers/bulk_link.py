@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Socket: TypeAlias = "zmq.Socket[bytes]"
 
+MAIL_KEEP_S: Final = 60.0
+"""How long mail of this lane is of use: whoever asked has asked again by then, or given up."""
+
 HEADER_MAX_BYTES: Final = 256 * 1024
 """The first frame of a bulk message: a path of 64 Ki characters is the most that it holds."""
 
@@ -41,9 +44,10 @@ class Requester(NamedTuple):
     Attributes:
         party: who it says it is.
         kind: `client` or `endpoint`.
-        key: its owner key, z85: proven by CURVE over TCP, only claimed over ipc (a process of the same user).
+        key: its owner key, z85: proven by CURVE over TCP, by its seal in a mailbox, only claimed over ipc (a process
+            of the same user).
         role: `user` or `peer`. A peer has shown a read token, which the provider is to verify.
-        carrier: `ipc` or `direct`.
+        carrier: `ipc`, `direct` or `broker`.
     """
 
     party: bytes
@@ -92,9 +96,9 @@ class Link:
         number: its number in the transfer brain.
         party: who is at the other end; for an accepted one as their HELLO says.
         kind: `client` or `endpoint`; empty until their HELLO.
-        carrier: `ipc` or `direct`.
+        carrier: `ipc`, `direct` or `broker`.
         address: what we dialled, or where they came in.
-        key: their owner key: proven over TCP, claimed over ipc.
+        key: their owner key: proven over TCP and in mailboxes, claimed over ipc.
         wanted_key: the key that was given with `connect`.
         role: their role, when it was given with `connect`; None: the list decides.
         is_up: HELLOs have been exchanged.
@@ -128,6 +132,11 @@ class Link:
         self.retry_at: float | None = None
         self.retry_s = 0.0
         self.was_up = False
+
+    @property
+    def was_dialled(self) -> bool:
+        """We wanted this link; else they came in, and the list of keys says what they may do."""
+        return self.routing is None
 
     def send(self, header: bytes, data: Any = None, *, copy: bool = True) -> bool:
         """Send a message now, or not at all. Returns whether it went. Of an unconnected link nothing is queued.

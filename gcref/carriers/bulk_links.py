@@ -9,6 +9,7 @@ can be fetched from a party that nobody can reach, and two sites need only one o
 Rules:
     - Over TCP the key in a HELLO is the key of the CURVE handshake, or the HELLO is dropped. Whom we dial must say that
       he is whom we wanted. Over ipc there is no proof beyond the folder, which only this user can enter.
+    - Those whom nobody can dial are reached through mailboxes (`bulk_mail`): links like others, without a connection.
     - A dialled socket queues nothing while it is not connected (IMMEDIATE), and reconnects by itself.
     - A process that is stopped, or a network that swallows everything, says no good-bye: where nothing comes for
       `MISSED_HEARTBEATS` periods, not even the answer to a PING of ZeroMQ's own, the connection is ended. Its I/O
@@ -45,6 +46,8 @@ from gcref.carriers.bulk_link import (
     read_header,
     write_header,
 )
+from gcref.carriers.bulk_mail import CARRIER as BROKER
+from gcref.carriers.bulk_mail import MailLinks
 from gcref.carriers.monitor import parse_event
 from gcref.carriers.zap import Zap
 from gcref.config import HEARTBEAT_S, MAX_MESSAGE_BYTES, PROTOCOL_VERSION
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from gcref.brains.peers_events import Candidate
+    from gcref.carriers.post import Mailbox
 
 
 log = logging.getLogger(__name__)
@@ -110,6 +114,10 @@ class Links:
         report: is told what happens, at once: messages are large, and the next one may use the memory of the last.
             It must not raise.
         heartbeat_s: silence after which a connection is asked for a sign of life, seconds.
+        mailbox: our mailbox, for those who are reached through theirs.
+
+    Attributes:
+        mail: the links through mailboxes.
     """
 
     def __init__(
@@ -119,6 +127,7 @@ class Links:
         report: Callable[[LinkEvent], None],
         *,
         heartbeat_s: float = HEARTBEAT_S,
+        mailbox: Mailbox | None = None,
     ) -> None:
         self._me = me
         self._heartbeat_ms = math.ceil(heartbeat_s * 1000)
@@ -127,6 +136,7 @@ class Links:
         self._poller = zmq.Poller()
         self._readers: dict[Any, Callable[[], None]] = {}
         self._report = report
+        self.mail = MailLinks(me, mailbox, lambda: self._zap.allowed, self._number, report)
         self._listeners: list[Listener] = []
         self._dialled: dict[tuple[bytes, str], Link] = {}
         self._next_number = 0
@@ -168,7 +178,7 @@ class Links:
 
     def _retry(self, now: float) -> float:
         """Dial again who refused us a while ago. Returns how long it is, in seconds, until the next is due."""
-        patience_s = math.inf
+        patience_s = self.mail.probe(now)
         for link in list(self._dialled.values()):
             if link.retry_at is not None:
                 if link.retry_at <= now:
@@ -223,6 +233,9 @@ class Links:
         self, party: bytes, address: str, server_key: bytes | None, carrier: str, role: str | None
     ) -> None:
         """Dial. An address that is dialled already is left alone, unless it was refused or its key is another now."""
+        if carrier == BROKER:
+            self.mail.connect(party, address, server_key, role)
+            return
         if _carrier_of(address) != "ipc" and server_key is None:
             raise LocalProtocolError(f"{address} cannot be dialled without its key: TCP is always CURVE")
         old = self._dialled.get((party, address))
@@ -242,6 +255,8 @@ class Links:
             if link.address not in valid:
                 del self._dialled[party, link.address]
                 self._hang_up(link, "its address is no longer valid")
+        mailbox = next((address for carrier, address, _ in ways if carrier == BROKER), None)
+        self.mail.forget(party, mailbox, "its address is no longer valid")
         for carrier, address, server_key in ways:
             self.connect(party, address, server_key, carrier, role)
 
@@ -253,10 +268,12 @@ class Links:
         for link in [link for listener in self._listeners for link in listener.links.values()]:
             if link.party == party:
                 self._set_down(link, reason)
+        self.mail.disconnect(party, reason)
 
     def set_allowed(self, allowed: Mapping[bytes, str]) -> None:
         """Replace the list. Links of those who are not on it any more go down."""
         self._zap.allowed = allowed
+        self.mail.judge_guests()
         for listener in self._listeners:
             if listener.carrier != "ipc":
                 for link in list(listener.links.values()):
@@ -265,7 +282,7 @@ class Links:
 
     def describe(self, party: bytes) -> list[dict[str, Any]]:
         """All ways to a party, and how they do. Any thread may call it."""
-        links = list(self._dialled.values())
+        links = list(self._dialled.values()) + self.mail.links()
         for listener in list(self._listeners):
             links += list(listener.links.values())
         return [link.describe() for link in links if link.party == party]
@@ -274,7 +291,7 @@ class Links:
         """Who is at the other end and what he may do at this moment; None: nothing."""
         if link.carrier == "ipc":
             role = link.role or "user"
-        elif link.routing is None:
+        elif link.was_dialled:
             # We dialled, so the key is the one that we wanted.
             role = link.role or self._zap.allowed.get(link.key or b"", "peer")
         else:

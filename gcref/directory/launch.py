@@ -42,6 +42,8 @@ def order_for(
     workers: int | None = None,
     carriers: list[str] | None = None,
     sys_path: Iterable[str] = (),
+    hub_url: str | None = None,
+    token: str | None = None,
 ) -> dict[str, Any]:
     """What an agent is to be told.
 
@@ -54,6 +56,8 @@ def order_for(
         workers: worker processes; None: as configured.
         carriers: the ways that it may use; None: as configured.
         sys_path: import path of the workers; empty: the agent's own.
+        hub_url: the hub that it is to register with; None: there is none.
+        token: its owner's, for the hub.
     """
     return {
         "name": name,
@@ -65,6 +69,8 @@ def order_for(
         "sys_path": list(sys_path),
         "config": dict(config),
         "watch_stdin": watch_stdin,
+        "hub_url": hub_url,
+        "token": token,
     }
 
 
@@ -125,8 +131,12 @@ def how_it_ended(code: int) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Ours; where gcref is not installed, with the folder that holds it on the import path, which -P takes away."""
+    """Ours; where gcref is not installed, with the folder that holds it on the import path, which -P takes away.
+
+    The owner's token is in the order: tasks, which inherit the agent's environment, may be somebody else's.
+    """
     environment = dict(os.environ)
+    environment.pop("GCREF_TOKEN", None)
     folder = str(Path(errors.__file__).resolve().parent.parent)
     if os.path.basename(folder) not in ("site-packages", "dist-packages"):
         known = environment.get("PYTHONPATH")

@@ -42,6 +42,8 @@ class AgentProcess:
         workers: worker processes; None: as many as it thinks fit.
         carriers: the ways that it may use; None: as configured.
         config: its configuration, a table as in its TOML.
+        hub_url: the hub that it is to register with; None: there is none.
+        token: its owner's, for the hub.
 
     Attributes:
         fd: descriptor of its stdout: readable when it has answered, or ended; until `stop`.
@@ -56,6 +58,8 @@ class AgentProcess:
         workers: int | None = None,
         carriers: list[str] | None = None,
         config: Mapping[str, Any] | None = None,
+        hub_url: str | None = None,
+        token: str | None = None,
     ) -> None:
         self.id = id
         self.name = name
@@ -83,6 +87,8 @@ class AgentProcess:
             workers=workers,
             carriers=carriers,
             sys_path=[os.path.abspath(entry) for entry in sys.path],
+            hub_url=hub_url,
+            token=token,
         )
         launch.tell(self._stdin, order)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gcref.carriers.keys import KeyPair
     from gcref.sdk.executor import Executor
     from gcref.sdk.future import ComputeFuture
+    from gcref.sdk.hub_link import HubLink
     from gcref.sdk.loop import Loop
 
 log: Final = logging.getLogger("gcref.sdk")
@@ -88,6 +89,7 @@ class Client:
             self.hub_url = hub_url or settings.hub_url
             token = token or settings.token
         self._token = token
+        self._hub: HubLink | None = None
         _clients.add(self)
 
     @property
@@ -106,17 +108,28 @@ class Client:
 
                 _register_exit()
                 lost_s, heartbeat_s = self._patience
+                keys = self._keys()
                 loop = self._loop = Loop(
                     self._me,
-                    self._keys(),
+                    keys,
                     self._carriers,
                     self._context,
                     self._let_go,
+                    hub=self._link(keys),
                     endpoint_lost_s=lost_s,
                     heartbeat_s=heartbeat_s,
                 )
             loop.users += 1
             return loop
+
+    def _link(self, keys: KeyPair) -> HubLink | None:
+        """What the next I/O thread has to do with the hub."""
+        if self._context is not None or self.hub_url is None:
+            return None
+        from gcref.sdk.hub_link import HubLink
+
+        self._hub = HubLink(self.hub_url, self._token, self._me, keys, self._hub)
+        return self._hub
 
     def _leave(self, loop: Loop) -> None:
         with self._starting:

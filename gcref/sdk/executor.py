@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from gcref import config, ids, task_context
-from gcref.errors import ConfigError, NotFoundError
+from gcref.errors import ConfigError, HubUnavailableError, NotFoundError
 from gcref.objects import blob, serialize
 from gcref.objects.functions import FunctionCache
 from gcref.sdk import lending
@@ -37,6 +37,7 @@ from gcref.sdk.reloading import reload
 
 if TYPE_CHECKING:
     from gcref.sdk.agent_process import AgentProcess
+    from gcref.sdk.hub_link import HubLink
     from gcref.sdk.loop import Loop
 
 log: Final = logging.getLogger("gcref.sdk")
@@ -69,6 +70,7 @@ class _Core:
         self.leave: weakref.finalize[Any, Any] | None = None
         self.problem: str | None = None
         self.registered: dict[str, Callable[..., Any]] = {}
+        self.fetched: dict[bytes, bytes] = {}  # functions that the hub keeps, by digest
         self.large_functions: OrderedDict[bytes, ComputeFuture[Any]] = OrderedDict()
         self.lock = threading.Lock()
 
@@ -77,8 +79,9 @@ class Executor(concurrent.futures.Executor):
     """Runs functions at an endpoint.
 
     Args:
-        endpoint_id: the endpoint: its UUID, that as text, or its name. None: a private endpoint on this machine, which starts
-            with the executor and ends with it; inside a task: the endpoint that the task runs at.
+        endpoint_id: the endpoint: its UUID, that as text, or its name; where a hub is configured also `owner/name`. None: a
+            private endpoint on this machine, which starts with the executor and ends with it; inside a task: the endpoint
+            that the task runs at.
         client: the client to use; None: the one that executors of this process share.
         task_group_id: the group that the tasks belong to; None: a new one.
         label: a name for people.
@@ -92,6 +95,8 @@ class Executor(concurrent.futures.Executor):
 
     Raises:
         NotFoundError: there is no such endpoint; the message names those that are known.
+        HubUnavailableError: it is not known here, and the hub does not answer.
+        AuthError: the hub does not take the token, or names another key for the endpoint than at first contact.
         ConfigError: a setting cannot be used.
     """
 
@@ -314,12 +319,21 @@ class Executor(concurrent.futures.Executor):
     def register_function(self, fn: Callable[..., Any]) -> str:
         """Names a function for `submit_to_registered_function`.
 
+        Where a hub is configured it keeps the function for this user's other programs, and this call waits for it.
+
         Returns:
             Its id: the text of a UUID. The same function has the same id.
+
+        Raises:
+            SerializationError: it cannot be pickled.
+            HubError: the hub does not take it.
         """
         self._check()
         function = _functions.get(fn)
         name = ids.text(ids.new_id() if function is None else function[0])
+        hub = self._core.loop.hub
+        if hub is not None and function is not None and name not in self._core.registered:
+            hub.client().put_function(*function)
         self._core.registered[name] = fn
         return name
 
@@ -329,14 +343,24 @@ class Executor(concurrent.futures.Executor):
         """Has a registered function run.
 
         Raises:
-            NotFoundError: no function was registered under that id with this executor.
+            NotFoundError: no function was registered under that id, with this executor or with the hub.
+            HubError: the hub does not tell.
         """
-        fn = self._core.registered.get(str(function_id))
-        if fn is None:
+        core, name = self._core, str(function_id)
+        fn = core.registered.get(name)
+        if fn is not None:
+            return self.submit(fn, *args, **(kwargs or {}))
+        self._check()
+        digest = _digest_of(name)
+        hub = core.loop.hub
+        if hub is None or digest is None:
             raise NotFoundError(
-                f"no function {function_id} was registered with this executor: use register_function"
+                f"no function {name} was registered with this executor: use register_function"
             )
-        return self.submit(fn, *args, **(kwargs or {}))
+        code = core.fetched.get(digest)
+        if code is None:
+            code = core.fetched[digest] = hub.client().get_function(digest)
+        return self._send((digest, code), serialize.dumps_call(None, tuple(args), dict(kwargs or {})))
 
     # -------------------------------------------------------------------------------------------------- life and views
 
@@ -435,7 +459,7 @@ class Executor(concurrent.futures.Executor):
 
     def _cancel_all(self) -> None:
         try:
-            self._core.loop.cancel_open(self._lane.root)
+            self._core.loop.questions.cancel_open(self._lane.root)
         except RuntimeError:
             pass  # the I/O thread has ended: there is nothing to cancel
 
@@ -480,6 +504,13 @@ def _packed(holder: Any, home: bytes) -> bytes:
 _NO_TOKEN: Final = bytes(16)
 
 
+def _digest_of(function_id: str) -> bytes | None:
+    try:
+        return ids.parse(function_id)
+    except ValueError:
+        return None
+
+
 def _start_private(table: Mapping[str, Any] | None) -> AgentProcess:
     from gcref.sdk.agent_process import AgentProcess
 
@@ -499,6 +530,20 @@ def _resolve(endpoint: uuid.UUID | str | None, loop: Loop) -> bytes:
         return id  # inside a task its agent finds the endpoint
     from gcref.directory import records
 
-    record = records.resolve(endpoint)
+    try:
+        record = records.resolve(endpoint)
+    except NotFoundError as error:
+        if loop.hub is None:
+            raise
+        return _resolve_at_hub(loop.hub, endpoint, error)
     loop.where.remember(record)
     return record.id
+
+
+def _resolve_at_hub(hub: HubLink, endpoint: uuid.UUID | str, not_here: NotFoundError) -> bytes:
+    try:
+        return hub.resolve(endpoint).id
+    except NotFoundError as error:
+        raise NotFoundError(f"{not_here} The hub at {hub.url} was asked too: {error}") from None
+    except HubUnavailableError as error:
+        raise HubUnavailableError(f"endpoint {str(endpoint)!r} is not known here, and {error}") from None

@@ -149,12 +149,8 @@ def _link(facts: Mapping[str, Any], where: Whereabouts, now: float) -> str:
         waiting = link.get("pending") or 0
         left = f"; {count(waiting, 'message')} not acknowledged" if waiting else ""
         rtt = f", round trip {duration(link['rtt_s'])}" if link.get("rtt_s") is not None else ""
-        return f"{name} is reached by {link.get('carrier')}{ago}{rtt}{left}"
+        return f"{name} is reached by {link.get('carrier')}{ago}{rtt}{left}{story.in_vain(link)}"
     said = f"{name}: {_PEER[facts['peer_state']]}, since {duration(now - facts['peer_since'])}"
     if facts["trouble"]:
         said += f" ({facts['trouble']})"
-    for way in link.get("links", ()):
-        said += f"; tried {way.get('carrier')} {way.get('address')}"
-        if way.get("error"):
-            said += f": {way['error']}"
-    return said
+    return said + story.in_vain(link)

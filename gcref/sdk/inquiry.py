@@ -1,6 +1,7 @@
 """What `gcref explain TASK` does: finds the endpoint that knows a task, and asks it and those that the task waits for.
 
-    all running endpoints ──EXPLAIN──► the task's home ──► which objects are elsewhere? ──EXPLAIN──► their homes ──► …
+    all running endpoints here, ─┐
+    those that told the hub ─────┴─EXPLAIN──► the task's home ──► which objects are elsewhere? ──EXPLAIN──► their homes ──► …
 
 It is a stranger to the program that submitted the task: it has the user's key and the id, nothing else.
 """
@@ -8,14 +9,17 @@ It is a stranger to the program that submitted the task: it has the user's key a
 from __future__ import annotations
 
 import json
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-from gcref import ids
-from gcref.directory import asking, records
+from gcref import config, ids
+from gcref.directory import asking, pins, records
 from gcref.directory.records import EndpointRecord
 from gcref.errors import ConfigError, GcrefError, NotFoundError
 from gcref.sdk import story
 from gcref.wire import messages as m
+
+if TYPE_CHECKING:
+    from gcref.directory.hub import HubClient
 
 ANSWER_S: Final = 2.0
 """How long an endpoint may take to answer: it need not be known where the task is, so nobody is waited for for long."""
@@ -31,11 +35,86 @@ class Found(NamedTuple):
         root: what its home says of it.
         elsewhere: by id, what other homes say of the objects that it waits for.
         problems: endpoints that could not be asked, and why.
+        names: of endpoints that are known, by id.
     """
 
     root: dict[str, Any]
     elsewhere: dict[bytes, dict[str, Any]]
     problems: list[str]
+    names: dict[bytes, str]
+
+
+class _Directory:
+    """Endpoints that have a record here, and those that the hub tells of, where there is one."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self._records: dict[bytes, EndpointRecord] = {record.id: record for record in records.list_records()}
+        self._unknown: set[bytes] = set()
+        self._hub: HubClient | None = None
+        settings = config.client_config()
+        if settings.hub_url is not None:
+            from gcref.directory.hub import HubClient
+
+            try:
+                self._hub = HubClient(settings.hub_url, settings.token)
+            except GcrefError as error:
+                self.problems.append(str(error))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._hub is not None:
+            self._hub.close()
+
+    def names(self) -> dict[bytes, str]:
+        """The names of all that were met."""
+        return {record.id: record.name for record in self._records.values()}
+
+    def resolve(self, endpoint: str) -> EndpointRecord:
+        """The record of an endpoint, given its name or id.
+
+        Raises:
+            GcrefError: neither this GCREF_HOME nor the hub has one.
+        """
+        try:
+            return records.resolve(endpoint)
+        except NotFoundError:
+            if self._hub is None:
+                raise
+        found = _trusted(self._hub.find(endpoint))
+        self._records[found.id] = found
+        return found
+
+    def of(self, home: bytes) -> EndpointRecord | None:
+        """An endpoint that may be asked; None if there is none of that id, or it does not run."""
+        record = self._records.get(home)
+        if record is None and self._hub is not None and home not in self._unknown:
+            try:
+                record = self._records[home] = _trusted(self._hub.find(home))
+            except GcrefError as error:
+                self._unknown.add(home)
+                self.problems.append(str(error))
+        return None if record is None or record.alive() is False else record
+
+    def that_may_know(self, task: bytes) -> list[EndpointRecord]:
+        """All that have a record here, and those that have told the hub of the task."""
+        if self._hub is not None:
+            try:
+                told = {event.endpoint for event in self._hub.where_is(task)}
+            except GcrefError as error:
+                self.problems.append(str(error))
+            else:
+                for home in told:
+                    self.of(home)
+        return list(self._records.values())
+
+
+def _trusted(record: EndpointRecord) -> EndpointRecord:
+    """What the hub says, if the key is the one of the first contact."""
+    pins.check(record.id, record.public_key.encode("ascii"), record.name)
+    return record
 
 
 def inquire(task: str, endpoint: str | None = None) -> Found:
@@ -54,10 +133,17 @@ def inquire(task: str, endpoint: str | None = None) -> Found:
         id = ids.parse(task)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{task!r} is no task's id; `future.task_id` gives it: {error}") from error
-    known = [records.resolve(endpoint)] if endpoint is not None else records.list_records()
+    with _Directory() as directory:
+        return _inquire(task, id, endpoint, directory)
+
+
+def _inquire(task: str, id: bytes, endpoint: str | None, directory: _Directory) -> Found:
+    known = directory.that_may_know(id) if endpoint is None else [directory.resolve(endpoint)]
     asked = [record for record in known if record.alive() is not False]
     answers = _ask({record: [id] for record in asked})
-    problems = [str(answer) for answer in answers.values() if isinstance(answer, GcrefError)]
+    problems = directory.problems + [
+        str(answer) for answer in answers.values() if isinstance(answer, GcrefError)
+    ]
     told = [answer[0] for answer in answers.values() if not isinstance(answer, GcrefError) and answer]
     root = _choose(told)
     if root is None:
@@ -68,8 +154,8 @@ def inquire(task: str, endpoint: str | None = None) -> Found:
         for node in (root, *elsewhere.values()):
             for home, wanted in story.open_elsewhere(node).items():
                 open_ids.setdefault(home, []).extend(one for one in wanted if one not in elsewhere)
-        by_id = {record.id: record for record in records.list_records() if record.alive() is not False}
-        questions = {by_id[home]: wanted for home, wanted in open_ids.items() if wanted and home in by_id}
+        at_home = {directory.of(home): wanted for home, wanted in open_ids.items() if wanted}
+        questions = {record: wanted for record, wanted in at_home.items() if record is not None}
         if not questions:
             break
         news = 0
@@ -80,7 +166,7 @@ def inquire(task: str, endpoint: str | None = None) -> Found:
                     news += 1
         if not news:
             break
-    return Found(root, elsewhere, problems)
+    return Found(root, elsewhere, problems, directory.names())
 
 
 def _ask(questions: dict[EndpointRecord, list[bytes]]) -> dict[bytes, Any]:
@@ -120,8 +206,7 @@ def _name_of(names: dict[bytes, str], party: bytes) -> str:
 
 def text(found: Found) -> str:
     """The story of the task."""
-    names = {record.id: record.name for record in records.list_records()}
-    return "\n".join(story.tell(found.root, found.elsewhere, lambda party: _name_of(names, party)))
+    return "\n".join(story.tell(found.root, found.elsewhere, lambda party: _name_of(found.names, party)))
 
 
 def as_json(found: Found) -> str:

@@ -25,6 +25,7 @@ from gcref.wire import messages as m
 if TYPE_CHECKING:
     from gcref.carriers.bulk import BulkThread
     from gcref.carriers.keys import KeyPair
+    from gcref.carriers.post import Mailbox
     from gcref.sdk.loop import Loop
     from gcref.sdk.whereabouts import Ways
 
@@ -142,6 +143,11 @@ class LargeValues:
                 self._bulk.disconnect(party)  # what is being fetched goes on by the new ways
             self._connect(party, ways)
 
+    def mail_opened(self, mailbox: Mailbox) -> None:
+        """We have a mailbox now: those whom we cannot dial are reached through theirs."""
+        if self._bulk is not None:
+            self._bulk.use_mailbox(mailbox)
+
     def leave(self, party: bytes, error: MakeError) -> None:
         """Nobody tries to reach that party any more: fetches from there fail."""
         if party in self._wanted and self._bulk is not None:
@@ -193,8 +199,14 @@ class LargeValues:
         from gcref.carriers.bulk import BulkIdentity, BulkThread
 
         identity = BulkIdentity(self._loop.me, "client", self._keys)
+        hub = self._loop.hub
         bulk = self._bulk = BulkThread(
-            identity, self._uploads, self._arrivals, wake=self._loop.wake, no_link_s=self._no_link_s
+            identity,
+            self._uploads,
+            self._arrivals,
+            wake=self._loop.wake,
+            no_link_s=self._no_link_s,
+            mailbox=None if hub is None else hub.opened,
         )
         bulk.start()
         return bulk

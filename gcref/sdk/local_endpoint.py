@@ -69,8 +69,16 @@ class LocalEndpoint:
         self._made = record is None or record.ephemeral
         table = {**_configured(folder / "config.toml"), **(config or {})}
         self._id = ids.new_id() if record is None else record.id
+        settings = _client_config()
         self._process = AgentProcess(
-            self._id, name=name, home=home, workers=workers, carriers=ways, config=table
+            self._id,
+            name=name,
+            home=home,
+            workers=workers,
+            carriers=ways,
+            config=table,
+            hub_url=settings.hub_url,
+            token=settings.token,
         )
         try:
             self._process.wait_ready(START_WAIT_S)
@@ -112,6 +120,7 @@ class LocalEndpoint:
 # The parameter `config` of the constructor hides the module.
 _home = config.home
 _carriers = config.carriers_allowed
+_client_config = config.client_config
 
 
 def _stop(process: AgentProcess, folder: Path | None, owner: int) -> None:

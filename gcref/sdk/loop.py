@@ -37,15 +37,13 @@ from gcref.sdk import future as futures
 from gcref.sdk.agent_process import AgentProcess
 from gcref.sdk.backlog import Backlog
 from gcref.sdk.callbacks import Caller
-from gcref.sdk.explain import WAIT_S as EXPLAIN_WAIT_S
-from gcref.sdk.explain import explain, facts_of
 from gcref.sdk.future import ComputeFuture
 from gcref.sdk.large_values import LargeValues
-from gcref.sdk.lending import has_running_loop
+from gcref.sdk.questions import Questions
 from gcref.sdk.reaching import Reaching
 from gcref.sdk.request import Request
 from gcref.sdk.transfers import Pull
-from gcref.sdk.whereabouts import Whereabouts
+from gcref.sdk.whereabouts import BROKER, Whereabouts
 from gcref.wire import messages as m
 
 if TYPE_CHECKING:
@@ -53,6 +51,7 @@ if TYPE_CHECKING:
     from gcref.carriers.base import Carrier
     from gcref.carriers.keys import KeyPair
     from gcref.directory.records import Candidate
+    from gcref.sdk.hub_link import HubLink
     from gcref.task_context import TaskContext
 
 log: Final = logging.getLogger("gcref.sdk")
@@ -66,8 +65,11 @@ DROPS_EVERY_S: Final = 0.05
 LINGER_S: Final = 1.0
 """How long the thread waits for somebody who needs it, before it ends."""
 
-IN_LOOP_WAIT_S: Final = 0.05
-"""How long `cancel` waits on a thread that runs an event loop, which must not be held up."""
+WITHDRAW_S: Final = 2.0
+"""How long the last word to the hub may take. What it does not hear, it forgets by itself some day."""
+
+WITHDRAW_MIN_S: Final = 0.3
+"""The same, when the endpoints have taken all the time that there was."""
 
 
 class Loop:
@@ -79,6 +81,7 @@ class Loop:
         carriers: the ways that it may use.
         context: inside a task: its surroundings.
         may_end: asked when there has been nothing to do for a while: whether the thread may end.
+        hub: what to do with the hub; None: there is none.
         endpoint_lost_s: how long an endpoint may be out of reach, seconds.
         heartbeat_s: silence after which it is asked for a sign of life, seconds.
 
@@ -86,6 +89,7 @@ class Loop:
         queue: what user's threads want.
         asleep: the thread waits, and has to be woken for what is put into the queue.
         users: executors that may use it still; guarded by the client.
+        peers: the sessions; the thread's own.
     """
 
     def __init__(
@@ -96,13 +100,15 @@ class Loop:
         context: TaskContext | None = None,
         may_end: Callable[[Loop], bool] = lambda loop: False,
         *,
+        hub: HubLink | None = None,
         endpoint_lost_s: float = config.ENDPOINT_LOST_S,
         heartbeat_s: float = config.HEARTBEAT_S,
     ) -> None:
         self.me = me
         self.queue: deque[Any] = deque()
         self.asleep = False
-        self.where = Whereabouts(carriers, context)
+        self.hub = hub
+        self.where = Whereabouts(carriers, context, hub)
         self.users = 0
         self._may_end = may_end
         self._idle_at: float | None = None
@@ -115,7 +121,7 @@ class Loop:
         self._caller = Caller()
         self._held: dict[bytes, ComputeFuture[Any]] = {}
         self.large = LargeValues(self, keys, self._relay, endpoint_lost_s)
-        self._next_question = 1
+        self.questions = Questions(self, self._brain)
         self._quiet: dict[Lane, list[Callable[[], None]]] = {}
         self._due_at: float | None = None  # when the brain is to be told the time
         self.reaching = Reaching(self, keys.public)
@@ -124,8 +130,9 @@ class Loop:
         self._dropped_at = -DROPS_EVERY_S
         self._ending: tuple[float, Request] | None = None
         self._burying = threading.RLock()
-        self._peers: Peers
+        self.peers: Peers
         self._carrier: Carrier | None = None
+        self._has_mailbox = False
         self._table: dict[type, Callable[[Any], None]] = {
             ev.Send: self._send,
             ev.Settle: self._settle,
@@ -138,6 +145,8 @@ class Loop:
             ev.Idle: self._idle,
             ev.Uploaded: lambda i: self.large.forget_uploads(i.ids),
         }
+        if hub is not None:
+            hub.attach(self)
         self._thread = threading.Thread(target=self._run, name="gcref-io", daemon=True)
         _loops.add(self)
         self._thread.start()
@@ -195,23 +204,7 @@ class Loop:
 
     def cancel(self, ids: list[bytes], force: bool) -> list[bool]:
         """Asks for these tasks not to run, and waits for the answer: a second at the most."""
-        return self._ask_cancel(lambda: ids, force) or [False] * len(ids)
-
-    def cancel_open(self, root: Lane) -> None:
-        """Asks for what an executor and its views have open not to run, the latest first; waits as `cancel` does."""
-        self._ask_cancel(
-            lambda: [e.id for e in reversed(self.entries()) if e.lane is not None and e.lane.root is root],
-            False,
-        )
-
-    def _ask_cancel(self, which: Callable[[], list[bytes]], force: bool) -> list[bool] | None:
-        request = Request()
-        self.post(lambda: self.tell(ev.CancelAsked(request, which(), force, time.monotonic())))
-        if self._is_io_thread():
-            return None
-        wait_s = IN_LOOP_WAIT_S if has_running_loop() else config.CANCEL_WAIT_S + 0.1
-        answer: list[bool] | None = request.wait(wait_s)
-        return answer
+        return self.questions.cancel(ids, force)
 
     def open(self, id: bytes, home: bytes, token: bytes, lane: Any) -> ComputeFuture[Any]:
         """A future for an object that exists elsewhere; the one that is there already, if there is one.
@@ -274,13 +267,7 @@ class Loop:
 
     def explain(self, future: ComputeFuture[Any]) -> str:
         """Where a task is, what it waits for, over which carrier, since when."""
-
-        def ask(id: bytes) -> Request:
-            request = Request()
-            self.post(lambda: self._ask_explain(id, request))
-            return request
-
-        return explain(future, ask, self.where, 0.0 if self._is_io_thread() else EXPLAIN_WAIT_S)
+        return self.questions.explain(future)
 
     # ----------------------------------------------------------------------------------------------- life and end
 
@@ -299,7 +286,7 @@ class Loop:
             self.post(lambda: setattr(self, "_ending", (deadline, request)))
         except RuntimeError:
             return 0
-        if self._is_io_thread():
+        if self.is_io_thread():
             return 0
         self._thread.join(timeout + 2.0)
         return int(request.answer or 0)
@@ -312,7 +299,8 @@ class Loop:
         for process in self.where.processes():
             process.abandon()
 
-    def _is_io_thread(self) -> bool:
+    def is_io_thread(self) -> bool:
+        """Whether it is this thread that asks."""
         return threading.get_ident() == self._thread.ident
 
     def _run(self) -> None:
@@ -321,7 +309,7 @@ class Loop:
             self._set_up()
             while self._turn():
                 pass
-            self._obey(self._peers.close(time.monotonic()))
+            self._obey(self.peers.close(time.monotonic()))
         except BaseException as error:
             log.exception("the I/O thread of a client has failed")
             text = f"the I/O thread of the client has failed: {type(error).__name__}: {error}"
@@ -333,12 +321,15 @@ class Loop:
             if carrier is not None:
                 carrier.close()
             self.large.close()
+            if self.hub is not None:
+                left_s = WITHDRAW_S if self._ending is None else self._ending[0] - time.monotonic()
+                self.hub.close(min(WITHDRAW_S, max(WITHDRAW_MIN_S, left_s)))
             self._caller.close()
 
     def _has_ended(self, now: float, deadline: float, request: Request) -> bool:
         missing, waiting = 0, False
         for party, peer in self._brain.peers.items():
-            if self.where.is_own(party) or not (peer.outbox or self._peers.pending(party)):
+            if self.where.is_own(party) or not (peer.outbox or self.peers.pending(party)):
                 continue
             missing += peer.open
             waiting |= peer.open > 0 or peer.state == UP
@@ -369,7 +360,7 @@ class Loop:
         from gcref.carriers.zeromq import ZeroMQCarrier
 
         identity = pe.Identity(self.me, pe.CLIENT, self._keys.public, time.time_ns() // 1000)
-        self._peers = pe.Peers(
+        self.peers = pe.Peers(
             identity,
             lambda key, hello: pe.PEER if hello.kind == pe.ENDPOINT else None,
             heartbeat_s=self._heartbeat_s,
@@ -380,12 +371,13 @@ class Loop:
                 pe.Transmit: self._transmit,
                 pe.Deliver: self._deliver,
                 pe.Dial: self._dial,
-                pe.Hangup: lambda i: carrier.hangup(i.link),
+                pe.Hangup: self._hangup,
                 pe.PeerUp: lambda i: self.tell(ev.PeerUp(i.party, i.fresh, time.monotonic())),
                 pe.PeerDown: lambda i: self.tell(ev.PeerDown(i.party, i.reason, time.monotonic())),
                 pe.PeerReset: lambda i: self.tell(ev.PeerReset(i.party, i.kept, time.monotonic())),
                 pe.AuthRefused: lambda i: self.reaching.refused(i.party, "AuthError", i.message, i.ours),
                 pe.Mismatch: lambda i: self.reaching.refused(i.party, "VersionMismatchError", i.message),
+                pe.DialBack: lambda _i: None,  # its record names its addresses too, and nobody dials a client
                 pe.Rejected: lambda i: log.warning("a message was dropped: %s", i.reason),
             }
         )
@@ -399,9 +391,9 @@ class Loop:
         now = time.monotonic()
         if self._due_at is not None and self._due_at <= now:
             self.tell(ev.Tick(now))
-        self._obey(self._peers.flush(now))
-        if self._backlog.is_due and self._backlog.look(self._peers):
-            self._obey(self._peers.flush(time.monotonic()))
+        self._obey(self.peers.flush(now))
+        if self._backlog.is_due and self._backlog.look(self.peers):
+            self._obey(self.peers.flush(time.monotonic()))
         if self.users == 0 or self._idle_at is not None:
             self._see_whether_idle(now)
         if self._ending is not None:
@@ -420,14 +412,14 @@ class Loop:
             if isinstance(event, FdReady):
                 self.reaching.descriptor_ready(event.fd)
             else:
-                self._obey(self._peers.handle(event))
+                self._obey(self.peers.handle(event))
         self.large.take_completions()
         return True
 
     def _see_whether_idle(self, now: float) -> None:
         """Ends when nobody has needed this thread for a while: no executor, no future, no task."""
         # A worker's agent may be starting anew, and is to hear what was let go meanwhile.
-        is_unheard = self._relay is not None and self._peers.pending() > 0
+        is_unheard = self._relay is not None and self.peers.pending() > 0
         if self.users or self.queue or self._brain.entries or self.large.is_busy() or is_unheard:
             self._idle_at = None
         elif self._idle_at is None:
@@ -437,7 +429,7 @@ class Loop:
 
     def _wait_s(self, now: float) -> float | None:
         self._due_at = self._brain.deadline
-        due = [at for at in (self._due_at, self._peers.deadline) if at is not None]
+        due = [at for at in (self._due_at, self.peers.deadline) if at is not None]
         if self._ending is not None:
             due.append(self._ending[0])
         elif self._idle_at is not None:
@@ -489,13 +481,18 @@ class Loop:
         """Tells the brain, and does what it says; on the I/O thread."""
         self._obey(self._brain.handle(event))
 
+    def is_away(self, party: bytes) -> bool:
+        """Whether that party is needed and not there; on the I/O thread."""
+        peer = self._brain.peers.get(party)
+        return peer is not None and peer.state in (CONNECTING, DOWN)
+
     def is_wanted(self, party: bytes) -> bool:
         """Whether somebody has asked for that party; on the I/O thread."""
         return party in self._brain.peers
 
     def dial_all(self, party: bytes, candidates: list[Candidate]) -> None:
         """These are the ways to a party: what is new is dialled, what is gone hung up; on the I/O thread."""
-        self._obey(self._peers.handle(self._ways_event(party, candidates, time.monotonic())))
+        self._obey(self.peers.handle(self._ways_event(party, candidates, time.monotonic())))
 
     def _obey(self, instructions: list[Any]) -> None:
         table = self._table
@@ -507,10 +504,20 @@ class Loop:
     def _dial(self, dial: Any) -> None:
         carrier = self._carrier
         assert carrier is not None
+        if dial.carrier == BROKER and not self._has_mailbox:
+            from gcref.carriers.carriers import Carriers
+
+            assert self.hub is not None
+            carrier = self._carrier = Carriers(carrier, self.hub.mailbox())
+            self._has_mailbox = True
         try:
             carrier.dial(dial.link, dial.address, dial.server_key)
         except GcrefError as error:
             self.tell(ev.PeerFailed(dial.party, failures.from_error(error)))
+
+    def _hangup(self, hangup: Any) -> None:
+        if self._carrier is not None:
+            self._carrier.hangup(hangup.link)
 
     def _transmit(self, transmit: Any) -> None:
         if self._carrier is not None:
@@ -518,7 +525,7 @@ class Loop:
 
     def _send(self, send: ev.Send) -> None:
         try:
-            self._peers.send(send.peer, send.message)
+            self.peers.send(send.peer, send.message)
         except GcrefError as error:
             log.warning("a message cannot be sent: %s", error)
             if send.message[0] == m.SUBMIT:
@@ -559,13 +566,6 @@ class Loop:
             self.tell(ev.Heard(delivered.party, delivered.messages, time.monotonic()))
         except (ValueError, TypeError, IndexError, KeyError, AttributeError):
             log.exception("messages from %s were not understood", self.where.name_of(delivered.party))
-
-    # ------------------------------------------------------------------------------------------------- explaining
-
-    def _ask_explain(self, id: bytes, request: Request) -> None:
-        request.facts = facts_of(self._brain.find(id), self._peers)
-        number, self._next_question = self._next_question, self._next_question + 1
-        self.tell(ev.ExplainAsked(request, number, [id], time.monotonic()))
 
 
 _EVENTS: Final = frozenset((ev.AttachAsked, ev.Opened, ev.Offered))

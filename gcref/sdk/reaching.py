@@ -2,6 +2,7 @@
 
     Reach ──► where.find ──► dial, or PeerFailed      Look ──► where.look ──► PeerSeen      Leave ──► hang up
     an agent that was started here ──► its stdout: where it listens; later its end
+    the hub ──► where an endpoint is ──► dial; whether we have a mailbox ──► dial by the broker, or not
 
 Everything here belongs to the I/O thread.
 """
@@ -10,17 +11,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from gcref import ids
 from gcref.brains import submitter_events as ev
-from gcref.errors import EndpointLostError, GcrefError
+from gcref.errors import EndpointLostError, GcrefError, HubUnavailableError
 from gcref.objects import failure as failures
 from gcref.sdk.agent_process import AgentProcess
 from gcref.sdk.whereabouts import Ways
 
 if TYPE_CHECKING:
+    from gcref.directory.records import EndpointRecord
     from gcref.sdk.loop import Loop
+
+INTRODUCED_S: Final = 2.5
+"""So long an endpoint that trusts the hub may refuse us: it may have to hear of our key first."""
 
 
 class Reaching:
@@ -40,6 +45,7 @@ class Reaching:
         self._public_key = public_key
         self._ready: dict[int, Callable[[], None]] = {}
         self._ways: dict[bytes, Ways] = {}
+        self._refused_at: dict[bytes, float] = {}  # the first time, by endpoints that the hub has told of
 
     # ------------------------------------------------------------------------------------------- what the brain wants
 
@@ -66,12 +72,19 @@ class Reaching:
                 # It was started again: what is dialled already tries the more rarely the longer it was away.
                 self._loop.dial_all(party, [])
             self._use(party, seen.ways)
-        self._loop.tell(ev.PeerSeen(party, seen.what, seen.text, time.monotonic()))
+        self._loop.tell(
+            ev.PeerSeen(
+                party, seen.what, self._with_obstacle(party, seen.text), time.monotonic(), seen.failure
+            )
+        )
 
     def leave(self, party: bytes) -> None:
         """Stops trying. The session stays: what was said counts, should the endpoint come back."""
         if self._ways.pop(party, None) is not None:
             self._loop.dial_all(party, [])
+        self._refused_at.pop(party, None)
+        if self._loop.hub is not None:
+            self._loop.hub.forget(party)
         text = f"{self._loop.where.name_of(party)} cannot be reached"
         self._loop.large.leave(party, lambda: EndpointLostError(text, endpoint_id=ids.text(party)))
 
@@ -86,20 +99,65 @@ class Reaching:
         """
         if party is None:
             return  # a stranger, whom nobody waits for
+        now = time.monotonic()
+        from_hub = ours and self._loop.where.is_from_hub(party)
+        if from_hub and now < self._refused_at.setdefault(party, now) + INTRODUCED_S:
+            return
         text = f"{self._loop.where.name_of(party)}: {text}"
         if ours:
             key = self._public_key.decode()
             text += f"; its owner lets you in by adding this line to its authorized_keys: {key} user"
-        self._loop.tell(ev.PeerRefused(party, failures.make(kind, text), time.monotonic()))
+            if self._loop.where.is_from_hub(party):
+                text += (
+                    " (or by trust_hub = true in its config.toml: then the hub says whom it is shared with)"
+                )
+        self._loop.tell(ev.PeerRefused(party, failures.make(kind, text), now))
 
     def ways_to(self, party: bytes) -> Ways | None:
         """The ways to a party that is being reached."""
         return self._ways.get(party)
 
     def _use(self, party: bytes, ways: Ways) -> None:
+        hub, usable = self._loop.hub, ways
+        if hub is not None and (ways.uses_broker() or self._loop.where.is_from_hub(party)):
+            if ways.uses_broker():
+                hub.mailbox()
+                if hub.obstacle is not None:
+                    usable = ways.without_broker()
+                    if not usable.control:
+                        self._loop.tell(ev.PeerFailed(party, failures.from_error(hub.obstacle)))
+                        return
+            else:
+                hub.introduce()
         self._ways[party] = ways
-        self._loop.dial_all(party, ways.control)
-        self._loop.large.ways_changed(party, ways)
+        self._loop.dial_all(party, usable.control)
+        self._loop.large.ways_changed(party, usable)
+
+    def _with_obstacle(self, party: bytes, text: str) -> str:
+        """What is the matter, also with the broker, where that could have helped."""
+        hub, ways = self._loop.hub, self._ways.get(party)
+        if hub is None or hub.obstacle is None or ways is None or not ways.uses_broker():
+            return text
+        return f"{text}; the broker does not help: {hub.obstacle}"
+
+    # ------------------------------------------------------------------------------------------------------- the hub
+
+    def looked_up(self, party: bytes, said: EndpointRecord | GcrefError) -> None:
+        """The hub has said where an endpoint is, or why it does not say."""
+        if not self._loop.is_away(party):
+            return
+        if party in self._ways or isinstance(said, HubUnavailableError):
+            self.look(party)
+        elif isinstance(said, GcrefError):
+            self._loop.tell(ev.PeerFailed(party, failures.from_error(said)))
+        else:
+            self.reach(party)
+
+    def mail_changed(self) -> None:
+        """There is a mailbox at the broker now, or there can be none."""
+        for party, ways in list(self._ways.items()):
+            if ways.uses_broker():
+                self._use(party, ways)
 
     # ------------------------------------------------------------------------------------------- own agent processes
 

@@ -24,6 +24,9 @@ Told = Mapping[str, Any]
 ASK_MAX: Final = 20
 """Objects elsewhere that are asked about for one story."""
 
+_BEST_FIRST: Final = ("ipc", "direct", "broker")
+"""The carriers."""
+
 _ENDED: Final = frozenset(("done", "failed", "cancelled", "lost", "released"))
 
 
@@ -230,12 +233,21 @@ def link(told: Told, name: str) -> str:
             text += f", round trip {duration(told['rtt_s'])}"
         if told.get("pending"):
             text += f", {count(told['pending'], 'message')} not acknowledged"
-        return text
+        return text + in_vain(told)
     text = f"{name} is out of reach"
     if told.get("given_up_in_s") is not None:
         text += f", and given up in {duration(told['given_up_in_s'])}"
+    return text + in_vain(told)
+
+
+def in_vain(told: Told) -> str:
+    """The ways that were tried and do not work, and why: all that would be better than the one in use."""
+    carrier = told.get("carrier") if told.get("up") else None
+    better = _BEST_FIRST[: _BEST_FIRST.index(carrier)] if carrier in _BEST_FIRST else _BEST_FIRST
+    text = ""
     for way in told.get("links") or ():
-        text += f"; tried {way.get('carrier')} {way.get('address')}"
-        if way.get("error"):
-            text += f": {way['error']}"
+        if way.get("dialled") is not False and way.get("carrier") in better:
+            text += f"; tried {way.get('carrier')} {way.get('address')}"
+            if way.get("error"):
+                text += f": {way['error']}"
     return text

@@ -38,6 +38,8 @@ EXPLAINED: Final = 15
 STATUS: Final = 16
 STATUS_IS: Final = 17
 PINS: Final = 18
+TRY: Final = 19
+TRIED: Final = 20
 # Kinds on the bulk socket, outside the order.
 FETCH: Final = 32
 CHUNK: Final = 33
@@ -50,7 +52,7 @@ NAMES: Final = {
         ("OUTCOME", OUTCOME), ("SUBSCRIBE", SUBSCRIBE), ("UNSUBSCRIBE", UNSUBSCRIBE), ("FORGET", FORGET),
         ("CANCEL", CANCEL), ("CANCELLED", CANCELLED), ("ATTACH", ATTACH), ("TASKS", TASKS), ("OFFER", OFFER),
         ("EXPLAIN", EXPLAIN), ("EXPLAINED", EXPLAINED), ("STATUS", STATUS), ("STATUS_IS", STATUS_IS),
-        ("PINS", PINS),
+        ("PINS", PINS), ("TRY", TRY), ("TRIED", TRIED),
         ("FETCH", FETCH), ("CHUNK", CHUNK), ("BULK_HELLO", BULK_HELLO),
     )
 }  # fmt: skip
@@ -75,6 +77,15 @@ NO_SUCH_OBJECT: Final = 1
 MAY_NOT: Final = 2
 SOURCE_FAILED: Final = 3
 WAY_CLOSED: Final = 4
+
+ECHO_ID: Final = bytes(16)
+"""An object that everybody has: zero bytes, as many as are asked for. It measures a link."""
+
+ECHO_MAX_BYTES: Final = 1 << 30
+"""Its end."""
+
+ECHO_RANGE_MAX_BYTES: Final = 1 << 20
+"""The longest range of it."""
 
 ID_BYTES: Final = 16
 DIGEST_BYTES: Final = 16
@@ -361,6 +372,14 @@ def _pins(message: list[Any]) -> None:
         _wrong(message, "more")
 
 
+def _try(message: list[Any]) -> None:
+    request, target, about = message[1:4]
+    if not _is_count(request) or not (target is None or _is_id(target)):
+        _wrong(message, "request or target")
+    if about is not None and type(about) is not dict:
+        _wrong(message, "record of the target")
+
+
 def _fetch(message: list[Any]) -> None:
     request, id, attempt, offset, length, mode, token = message[1:8]
     if not (_is_count(request) and _is_id(id) and _is_count(attempt)):
@@ -371,6 +390,8 @@ def _fetch(message: list[Any]) -> None:
         _wrong(message, "token")
     if mode == MODE_INTO and not _is_text(message[8]):
         _wrong(message, "path")
+    if len(message) > 9 and not _is_text(message[9]):
+        _wrong(message, "kind")
 
 
 def _chunk(message: list[Any]) -> None:
@@ -415,6 +436,8 @@ _CHECKS: Final[dict[int, Callable[[list[Any]], None]]] = {
     STATUS: _status,
     STATUS_IS: _status_is,
     PINS: _pins,
+    TRY: _try,
+    TRIED: _status_is,
     FETCH: _fetch,
     CHUNK: _chunk,
     BULK_HELLO: _bulk_hello,

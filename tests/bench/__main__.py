@@ -8,13 +8,15 @@ import os
 import platform
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from tests.bench import peers, report, turns
+from tests.bench.broker import broker
 from tests.bench.turns import Contender
 from tests.bench.workloads import WORKLOADS
 
-BASELINES = ("tcp", "shm", "journal", "fsync")
+BASELINES = ("tcp", "shm", "journal", "fsync", "pika")
 """Not systems but bare operations; always in, where a workload asks for them."""
 
 
@@ -43,20 +45,35 @@ def main(arguments: list[str] | None = None) -> int:
     results: dict[str, dict[str, turns.Samples]] = {}
     versions: dict[str, str] = {}
     failures: list[str] = []
-    for workload in WORKLOADS:
-        wanted = workload.name in options.only if options.only else not options.quick or workload.quick_turns
-        if not wanted:
-            continue
-        systems = (options.quick and workload.quick_systems) or workload.systems
-        taking_part = [contenders[name] for name in systems if name in contenders]
-        results[workload.name], seen, failed = turns.take_turns(
-            workload, taking_part, quick=options.quick, tell=tell
-        )
-        versions |= seen
-        for failure in failed.values():
-            kind = "WRONG ANSWER" if failure.wrong else "FAILED"
-            failures.append(f"{kind}: {workload.name}: {failure}")
-            tell(failures[-1])
+    with ExitStack() as closing:
+        mail: dict[str, str] = {}
+        for workload in WORKLOADS:
+            wanted = (
+                workload.name in options.only if options.only else not options.quick or workload.quick_turns
+            )
+            if not wanted:
+                continue
+            if workload.by_broker and not mail:
+                tell("starting a hub and a broker")
+                try:
+                    mail = closing.enter_context(broker())
+                except RuntimeError as error:
+                    failures.append(f"FAILED: {workload.name}: {error}")
+                    break
+            systems = (options.quick and workload.quick_systems) or workload.systems
+            taking_part = [contenders[name] for name in systems if name in contenders]
+            results[workload.name], seen, failed = turns.take_turns(
+                workload,
+                taking_part,
+                quick=options.quick,
+                tell=tell,
+                environment=mail if workload.by_broker else {},
+            )
+            versions |= seen
+            for failure in failed.values():
+                kind = "WRONG ANSWER" if failure.wrong else "FAILED"
+                failures.append(f"{kind}: {workload.name}: {failure}")
+                tell(failures[-1])
     print(f"\n{_machine()}, load {os.getloadavg()[0]:.1f}, median of the turns (smallest–largest)\n")
     print(report.measured_table(results, contenders))
     print(f"\n{report.targets_table(results)}\n")

@@ -13,7 +13,8 @@ Results = Mapping[str, Mapping[str, Samples]]
 """Workload → system → figure → one value per turn."""
 
 GB = str(1 << 30)
-"""The figure of the largest array."""
+MB_100 = str(100 << 20)
+"""The figure of the largest array; `MB_100` that of the one that goes through the broker."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,6 +128,25 @@ TARGETS: tuple[Target, ...] = (
     Target("agent + 2 workers, idle: PSS", ("idle", "pss"), 110, unit=" MB", scale=1e-6),
     Target("… wake-ups beyond heartbeats", ("idle", "wakeups_beyond"), 0, unit=" /s"),
     Target("import to first result, embedded default", ("first-result", "seconds"), 0.6, unit=" s"),
+    Target(
+        "round trip through the broker, p50",
+        ("round-trip-broker", "p50"),
+        3,
+        ("round-trip-broker", "pika", "p50"),
+        unit=" × two raw hops",
+    ),
+    Target(
+        "1000 no-op tasks through the broker", ("throughput-broker", "per_s"), 3000, at_least=True, unit="/s"
+    ),
+    Target(
+        "100 MB array, site to site, through the broker",
+        ("arrays-broker", MB_100),
+        0.5,
+        ("arrays-broker", "pika", MB_100),
+        at_least=True,
+        inverse=True,
+        unit=" × raw pika",
+    ),
 )
 
 

@@ -56,7 +56,9 @@ class Contender:
 class Child:
     """One process that measures one system."""
 
-    def __init__(self, contender: Contender, workload: Workload) -> None:
+    def __init__(
+        self, contender: Contender, workload: Workload, more: Mapping[str, str] | None = None
+    ) -> None:
         self._name = contender.name
         self._home = tempfile.TemporaryDirectory(prefix="gcref-bench-", ignore_cleanup_errors=True)
         self._log = Path(self._home.name, "log")
@@ -69,6 +71,7 @@ class Child:
             "PYTHONPYCACHEPREFIX": str(cache_dir() / "pycache"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            **(more or {}),
         }
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         with self._log.open("wb") as log:
@@ -146,6 +149,7 @@ def take_turns(
     *,
     quick: bool,
     tell: Callable[[str], None],
+    environment: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Samples], dict[str, str], dict[str, ChildError]]:
     """Measure all contenders, one after the other, as often as the workload asks.
 
@@ -154,6 +158,7 @@ def take_turns(
         contenders: those that can do it.
         quick: take the workload's quick form.
         tell: hears a line of progress at a time.
+        environment: more variables for the systems' processes.
 
     Returns:
         Samples, versions, and errors, each by system. One that failed is left out of the turns that follow.
@@ -173,7 +178,7 @@ def take_turns(
                 params |= workload.quick if quick else {}
                 params |= workload.peers if contender.is_peer else {}
                 try:
-                    child = kept.pop(contender.name, None) or Child(contender, workload)
+                    child = kept.pop(contender.name, None) or Child(contender, workload, environment)
                     kept[contender.name] = child
                     versions[contender.name] = child.version
                     for figure, value in child.measure(workload, params).items():

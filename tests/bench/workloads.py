@@ -73,6 +73,7 @@ class Workload:
         quick_turns: the same with `--quick`; 0 leaves it out.
         quick_turns_of: with `--quick`, systems that take fewer turns: those whose turns are long and all alike.
         quick_systems: who takes part with `--quick`, if not all.
+        by_broker: it needs a hub and a broker; such workloads come last.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Workload:
     quick_turns: int = 3
     quick_turns_of: Mapping[str, int] = dataclasses.field(default_factory=dict)
     quick_systems: tuple[str, ...] | None = None
+    by_broker: bool = False
 
     def turns_of(self, system: str, *, quick: bool) -> int:
         """How often that system is measured."""
@@ -326,9 +328,9 @@ WORKLOADS: tuple[Workload, ...] = (
         params={"calls": 2000},
         quick={"calls": 1000},
         peers={"calls": 300},
-        quick_turns=5,
+        quick_turns=3,
     ),
-    _throughput("1k", 1000, quick_turns=5),
+    _throughput("1k", 1000, quick_turns=3),
     _throughput("10k", 10_000, systems=("ours", "pool", "ray", "dask", "parsl")),
     # A turn of the pool takes 13 s here, and its turns differ by a few per cent.
     _throughput("50k", 50_000, systems=("ours", "pool"), turns=3, quick_turns_of={"pool": 1}),
@@ -345,7 +347,7 @@ WORKLOADS: tuple[Workload, ...] = (
         chain,
         (Row("per_link", "chain of 1000 on one site, per link", _PER_LINK, 1e6),),
         params={"links": 1000, "sites": 1},
-        quick_turns=5,
+        quick_turns=3,
     ),
     Workload(
         "chain-two-sites",
@@ -353,7 +355,7 @@ WORKLOADS: tuple[Workload, ...] = (
         (Row("per_link", "chain of 500 alternating between two sites (direct), per link", _PER_LINK, 1e6),),
         Setting(sites=2, workers=1, carriers=("direct",)),
         params={"links": 500, "sites": 2},
-        quick_turns=5,
+        quick_turns=3,
     ),
     Workload(
         "chain-two-sites-ipc",
@@ -459,5 +461,37 @@ WORKLOADS: tuple[Workload, ...] = (
         setting=None,
         quick_systems=("ours",),
         quick_turns=3,
+    ),
+    Workload(
+        "round-trip-broker",
+        round_trip,
+        (Row("p50", "no-op round trip through the broker, p50", "µs", 1e6),),
+        Setting(workers=1, carriers=("broker",)),
+        params={"calls": 500},
+        quick={"calls": 200},
+        systems=("ours", "pika"),
+        quick_turns=2,
+        by_broker=True,
+    ),
+    Workload(
+        "throughput-broker",
+        throughput,
+        (Row("per_s", "1000 no-op tasks through the broker", "/s", more_is_better=True),),
+        Setting(carriers=("broker",)),
+        params={"tasks": 1000},
+        systems=("ours", "pika"),
+        quick_turns=3,
+        by_broker=True,
+    ),
+    Workload(
+        "arrays-broker",
+        arrays,
+        (Row(str(100 * MIB), "array 100 MB site to site through the broker", "ms", 1e3),),
+        Setting(sites=2, workers=1, carriers=("broker",)),
+        params={"sizes": (100 * MIB,), "to_site": 1},
+        systems=("ours", "pika"),
+        turns=3,
+        quick_turns=1,
+        by_broker=True,
     ),
 )

@@ -103,6 +103,23 @@ def later(entries: list[Entry], what: str, **fields: Any) -> None:
     entries.append({"at": max(e["at"] for e in entries) + 1, "what": what, **fields})
 
 
+def killed_worker(at: float, site: int, pid: int = PID) -> Entry:
+    """A blow that killed a worker of a site."""
+    return {
+        "at": at,
+        "what": "blow",
+        "fault": "kill worker",
+        "target": "ab"[site],
+        "site": site,
+        "killed": [pid],
+    }
+
+
+def ends_in(entries: list[Entry], number: int, type: str, **fields: Any) -> None:
+    """It ended in this error instead."""
+    entry(entries, number, "end").update(outcome="error", type=type, text="gone", **fields)
+
+
 def test_a_faultless_history_breaks_no_law() -> None:
     assert check(GRAPH, faultless(GRAPH)) == []
 
@@ -183,32 +200,26 @@ def a_kept_array_changes(entries: list[Entry]) -> None:
 
 @lie("errors_are_explained", A)
 def a_task_fails_for_no_reason(entries: list[Entry]) -> None:
-    entry(entries, A, "end").update(outcome="error", type="EndpointLostError", text="gone")
+    ends_in(entries, A, "EndpointLostError")
 
 
 @lie("errors_are_explained", B)
 def a_cut_is_taken_for_a_reason(entries: list[Entry]) -> None:
     at = entry(entries, B, "effect")["at"]
     entries.append({"at": at, "what": "blow", "fault": "cut", "target": "a>b", "site": 1, "killed": []})
-    entry(entries, B, "end").update(outcome="error", type="WorkerLostError", text="gone")
+    ends_in(entries, B, "WorkerLostError")
 
 
 @lie("errors_are_explained", B)
 def one_death_is_not_enough_for_two_attempts(entries: list[Entry]) -> None:
-    at = entry(entries, B, "effect")["at"]
-    entries.append(
-        {"at": at, "what": "blow", "fault": "kill worker", "target": "b", "site": 1, "killed": [PID]}
-    )
-    entry(entries, B, "end").update(outcome="error", type="WorkerLostError", text="gone")
+    entries.append(killed_worker(entry(entries, B, "effect")["at"], 1))
+    ends_in(entries, B, "WorkerLostError")
 
 
 @lie("errors_are_explained", A)
 def a_death_at_another_site_explains_nothing(entries: list[Entry]) -> None:
-    at = entry(entries, A, "effect")["at"]
-    entries.append(
-        {"at": at, "what": "blow", "fault": "kill worker", "target": "b", "site": 1, "killed": [PID]}
-    )
-    entry(entries, A, "end").update(outcome="error", type="WorkerLostError", text="gone")
+    entries.append(killed_worker(entry(entries, A, "effect")["at"], 1))
+    ends_in(entries, A, "WorkerLostError")
 
 
 @lie("errors_are_explained", A)
@@ -275,10 +286,7 @@ def its_process_dies_only_after_it_runs_again(entries: list[Entry]) -> None:
 
 @lie("runs_within_attempts", B)
 def an_attempt_is_not_counted(entries: list[Entry]) -> None:
-    at = entry(entries, B, "effect")["at"]
-    entries.append(
-        {"at": at, "what": "blow", "fault": "kill worker", "target": "b", "site": 1, "killed": [PID]}
-    )
+    entries.append(killed_worker(entry(entries, B, "effect")["at"], 1))
     later(entries, "effect", node=B, effect="started", pid=PID + 1)
 
 
@@ -331,12 +339,9 @@ def test_each_law_has_a_lie() -> None:
 
 def test_what_a_fault_explains_is_no_violation() -> None:
     entries = faultless(GRAPH)
-    at = entry(entries, A, "effect")["at"]
-    entries.append(
-        {"at": at, "what": "blow", "fault": "kill worker", "target": "a", "site": 0, "killed": [PID]}
-    )
+    entries.append(killed_worker(entry(entries, A, "effect")["at"], 0))
     entries.remove(entry(entries, A, "effect", effect="ended"))
-    entry(entries, A, "end").update(outcome="error", type="WorkerLostError", text="killed")
+    ends_in(entries, A, "WorkerLostError")
     for number in (B, C, NEEDS):
         for told in [e for e in entries if e.get("node") == number and e["what"] == "effect"]:
             entries.remove(told)
@@ -348,7 +353,7 @@ def test_what_a_fault_explains_is_no_violation() -> None:
 def test_a_worker_that_dies_after_a_task_ended_explains_nothing() -> None:
     entries = faultless(GRAPH)
     later(entries, "blow", fault="kill worker", target="a", site=0, killed=[PID])
-    entry(entries, A, "end").update(outcome="error", type="WorkerLostError", text="killed")
+    ends_in(entries, A, "WorkerLostError")
     assert ("errors_are_explained", A) in {(found.law, found.node) for found in check(GRAPH, entries)}
 
 
@@ -374,7 +379,7 @@ def test_a_tail_call_may_be_lost_with_its_worker_until_the_task_inside_runs() ->
     found = ("errors_are_explained", TAIL)
     assert found in {(v.law, v.node) for v in check(GRAPH, without)}, "its process lives"
     at = entry(entries, TAIL, "end")["at"] - 0.1
-    death = {"at": at, "what": "blow", "fault": "kill worker", "target": "a", "site": 0, "killed": [PID + 5]}
+    death = killed_worker(at, 0, PID + 5)
     assert check(GRAPH, [*without, death]) == []
     assert found in {(v.law, v.node) for v in check(GRAPH, [*entries, death])}, "the task inside has run"
 

@@ -16,7 +16,7 @@ from gcref import Executor
 from gcref.errors import WalltimeExceededError, WorkerLostError
 from tests.support.deaths import note, runs, wait_forever
 from tests.support.endpoints import host_folder, worker_pids
-from tests.support.named import NamedEndpoint
+from tests.support.named import NamedEndpoint, running
 from tests.support.tasks import Gate, hold
 from tests.support.waiting import patience, wait_until
 
@@ -27,10 +27,8 @@ SETTINGS = {"workers": 1, "bind": "127.0.0.1", "heartbeat_s": 1.0, "endpoint_los
 @pytest.fixture
 def polaris(home: Path) -> Iterator[NamedEndpoint]:
     """A running endpoint of its own, with one worker."""
-    endpoint = NamedEndpoint("polaris", **SETTINGS)
-    endpoint.start()
-    yield endpoint
-    endpoint.remove()
+    with running("polaris", **SETTINGS) as endpoint:
+        yield endpoint
 
 
 def inner(path: str, gate: Gate) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -14,8 +13,10 @@ import pytest
 
 from gcref import Executor, errors
 from gcref.config import disk_dir
+from tests.support import deaths
+from tests.support.deaths import runs
 from tests.support.endpoints import ask, host_folder, worker_pids
-from tests.support.named import NamedEndpoint
+from tests.support.named import NamedEndpoint, running
 from tests.support.tasks import Gate, hold, inc
 from tests.support.waiting import patience, wait_until
 
@@ -25,37 +26,24 @@ SETTINGS = {"workers": 2, "bind": "127.0.0.1", "heartbeat_s": 1.0, "endpoint_los
 @pytest.fixture
 def polaris(home: Path) -> Iterator[NamedEndpoint]:
     """A running endpoint of its own."""
-    endpoint = NamedEndpoint("polaris", **SETTINGS)
-    endpoint.start()
-    yield endpoint
-    endpoint.remove()
+    with running("polaris", **SETTINGS) as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
 def midway(home: Path) -> Iterator[NamedEndpoint]:
-    endpoint = NamedEndpoint("midway", **SETTINGS)
-    endpoint.start()
-    yield endpoint
-    endpoint.remove()
+    with running("midway", **SETTINGS) as endpoint:
+        yield endpoint
 
 
 def note_and_hold(path: str, gate: Gate, value: object = 1) -> object:
     """Leaves a line for each run, and ends when the gate is open."""
-    with open(path, "a", encoding="ascii") as file:
-        file.write(f"{os.getpid()}\n")
-    return hold(gate, value)
+    return hold(gate, note(path, value))
 
 
 def note(path: str, value: object = 1, *_after: object) -> object:
-    with open(path, "a", encoding="ascii") as file:
-        file.write(f"{os.getpid()}\n")
+    deaths.note(path)
     return value
-
-
-def runs(path: Path) -> list[int]:
-    with contextlib.suppress(FileNotFoundError):
-        return [int(line) for line in path.read_text().split()]
-    return []
 
 
 def total(array: np.ndarray) -> float:

@@ -23,7 +23,7 @@ from gcref import Client, ComputeFuture, Executor, LocalEndpoint, errors
 from gcref.directory import records
 from tests.conftest import Sites
 from tests.support.endpoints import store_of, used_bytes
-from tests.support.named import NamedEndpoint
+from tests.support.named import NamedEndpoint, running
 from tests.support.programs import command_of, environment
 from tests.support.proxy import Proxy, proxied
 from tests.support.tasks import Gate, blob_of, fail, hold, inc, touch
@@ -339,10 +339,8 @@ def test_a_client_that_was_away_for_longer_than_its_lease_hears_that_its_tasks_a
 @pytest.fixture
 def polaris(home: Path) -> Iterator[NamedEndpoint]:
     """An endpoint that can be killed and started again."""
-    endpoint = NamedEndpoint("polaris", workers=1, bind="127.0.0.1")
-    endpoint.start()
-    yield endpoint
-    endpoint.remove()
+    with running("polaris", workers=1, bind="127.0.0.1") as endpoint:
+        yield endpoint
 
 
 def test_what_an_endpoint_was_asked_before_it_died_it_is_asked_again(

@@ -93,3 +93,15 @@ def test_asyncio(tmp_path: Path) -> None:
     beats = re.search(r"loop: (\d+) beats of 10 ms in ([\d.]+) s", shown)
     assert beats is not None, shown
     assert int(beats[1]) > 20
+
+
+def test_behind_firewalls(tmp_path: Path) -> None:
+    shown = run("06_behind_firewalls.py", "--files", "60", folder=tmp_path)
+    assert re.search(r"^60 files, \d+ lines, \d+ calls", shown, re.MULTILINE), shown
+    if os.geteuid() == 0:
+        assert "each have a network of their own" in shown
+    for carrier, least in (("ipc", 0.0), ("direct", 0.0), ("broker", 0.1)):
+        moved = re.search(rf"^{carrier} +([\d.]+) MB +([\d.]+) MB$", shown, re.MULTILINE)
+        assert moved is not None, shown
+        assert float(moved[1]) == 0.0 if least == 0.0 else float(moved[1]) >= least
+        assert float(moved[2]) == 0.0, "the client carries no payload"

@@ -9,7 +9,7 @@ import pytest
 
 from gcref import Executor
 from gcref.config import disk_dir
-from tests.support.named import NamedEndpoint
+from tests.support.named import NamedEndpoint, running
 from tests.support.tasks import inc
 from tests.support.waiting import patience
 
@@ -19,10 +19,8 @@ LIMIT_BYTES = 50_000_000
 
 @pytest.fixture
 def polaris(home: Path) -> Iterator[NamedEndpoint]:
-    endpoint = NamedEndpoint("polaris")
-    endpoint.start()
-    yield endpoint
-    endpoint.remove()
+    with running("polaris") as endpoint:
+        yield endpoint
 
 
 def folder_bytes(folder: Path) -> int:

@@ -51,10 +51,10 @@ def test_w1_a_result_that_is_late_is_a_timeout_and_then_the_value(polaris: Execu
     assert f.exception(timeout=0) is None
 
 
-def test_w1_the_timeout_covers_the_fetch_of_a_large_value_too(two_sites: Sites) -> None:
+def test_w1_the_timeout_covers_the_fetch_of_a_large_value_too(two_sites: Sites, far: tuple[str, ...]) -> None:
     """Done, but its endpoint does not answer: the value is late, not lost."""
     f: ComputeFuture[bytes]
-    with Client(carriers=("direct",)) as client, Executor(two_sites.polaris.endpoint_id, client) as executor:
+    with Client(carriers=far) as client, Executor(two_sites.polaris.endpoint_id, client) as executor:
         f = executor.submit(blob_of, 5_000_000)
         wait_until(f.done, what="the task to end")
         with frozen(two_sites.polaris):
@@ -200,7 +200,7 @@ def test_w3_cancelling_a_wrapped_future_cancels_the_task(polaris: Executor, gate
 
 
 @pytest.mark.parametrize("way", ["await", "wrap_future"])
-def test_w3_a_large_value_never_blocks_the_loop(two_sites: Sites, way: str) -> None:
+def test_w3_a_large_value_never_blocks_the_loop(two_sites: Sites, far: tuple[str, ...], way: str) -> None:
     """The endpoint stands still while the value is asked for: only a loop that goes on can let it go on."""
 
     async def main(f: ComputeFuture[bytes]) -> int:
@@ -216,7 +216,7 @@ def test_w3_a_large_value_never_blocks_the_loop(two_sites: Sites, way: str) -> N
             got = await asyncio.wait_for(wanted, WAIT_S)
         return len(got)
 
-    with Client(carriers=("direct",)) as client, Executor(two_sites.polaris.endpoint_id, client) as executor:
+    with Client(carriers=far) as client, Executor(two_sites.polaris.endpoint_id, client) as executor:
         f = executor.submit(blob_of, 20_000_000)
         wait_until(f.done, what="the task to end")
         assert asyncio.run(main(f)) == 20_000_000

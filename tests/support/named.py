@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 from endpoint_worker import daemon
@@ -74,3 +76,12 @@ class NamedEndpoint:
     def _reap(self) -> None:
         assert self._agent is not None
         self._agent.process.wait(patience(30))
+
+
+@contextlib.contextmanager
+def running(name: str, **settings: Any) -> Iterator[NamedEndpoint]:
+    """An endpoint that runs, and of which nothing is left afterwards."""
+    endpoint = NamedEndpoint(name, **settings)
+    endpoint.start()
+    yield endpoint
+    endpoint.remove()

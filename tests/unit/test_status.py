@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from endpoint_worker import status
@@ -93,6 +94,34 @@ def test_trouble_is_shown() -> None:
         "2 clients away; what they wait for is kept for 1 h at most",
     ):
         assert words in text, text
+
+
+def test_the_hub_and_the_mailbox_are_shown() -> None:
+    mailbox: dict[str, Any] = {
+        "up": True,
+        "error": None,
+        "waiting_bytes": 0,
+        "dropped": {"forged": 0, "replayed": 2},
+    }
+    hub = {
+        "url": "https://hub.example.org", "registered_unix_s": 0.0, "owner": "ada", "error": None, "trusted": True,
+        "mailbox": mailbox,
+    }  # fmt: skip
+    record = dataclasses.replace(RECORD, mailbox=True)
+    text = "\n".join(status.lines(record, "running", facts([], {}, hub=hub)))
+    assert "https://hub.example.org, registered by ada" in text
+    assert "; lets in whom it names" in text
+    assert "mailbox     up; dropped: 2 replayed" in text
+    assert "its mailbox at the broker" in text
+    hub |= {"registered_unix_s": None, "error": "it does not answer", "trusted": False}
+    mailbox |= {"up": False, "error": "no mailbox yet", "waiting_bytes": 2048, "dropped": {}}
+    text = shown(facts([], {}, hub=hub))
+    for words in (
+        "https://hub.example.org, not registered", "it does not answer",
+        "mailbox     down: no mailbox yet, 2.0 KiB waiting to leave",
+    ):  # fmt: skip
+        assert words in text, text
+    assert "mailbox" not in shown(facts([], {}, hub=hub | {"mailbox": None}))
 
 
 def test_long_lists_are_cut() -> None:

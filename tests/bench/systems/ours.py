@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import time
 from collections.abc import Callable
 from typing import Any
 
 import gcref
+from gcref.directory import records
 from tests.bench.system import Setting, System
 
 
@@ -34,6 +36,9 @@ print(seconds)
         ]
         for endpoint in self._endpoints:
             endpoint.__enter__()
+        if setting.carriers == ("broker",):
+            for site in range(setting.sites):
+                _await_mailbox(f"bench-{site}")
         self._client = gcref.Client()
         self._executors = [
             gcref.Executor(endpoint.endpoint_id, client=self._client) for endpoint in self._endpoints
@@ -56,3 +61,12 @@ print(seconds)
 
     def version(self) -> str:
         return str(getattr(gcref, "__version__", ""))
+
+
+def _await_mailbox(name: str) -> None:
+    """An agent has its mailbox a moment after its start."""
+    until = time.monotonic() + 30
+    while not records.resolve(name).mailbox:
+        if time.monotonic() > until:
+            raise RuntimeError(f"endpoint {name} got no mailbox")
+        time.sleep(0.02)

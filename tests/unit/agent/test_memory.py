@@ -144,7 +144,7 @@ def a_life(life: Life) -> Iterator[str]:
     life.hear(CLIENT, [m.UNSUBSCRIBE, TASKS[0] + TASKS[3]])
     yield "two are let go"
     life.hear(CLIENT, submit(spec(TASKS[5])), [m.OFFER, ME, GROUP, SECRET, [[TASKS[6], 9_000_000, None]]])
-    life.take(ev.Pulled([(TASKS[6], 1, "direct", 9_000_000, None)]))
+    life.take(ev.Pulled([(TASKS[6], 1, {"direct": 9_000_000}, None)]))
     yield "a large value was put"
     life.dispatch(TASKS[5])
     life.finish([1, TASKS[5], 1, m.STORED, ["/dev/shm/x", 1_000_000], 1.0, 0.5, None, ["out", "err"]])

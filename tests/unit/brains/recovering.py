@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-import copy
+import pickle
 from itertools import count
 from typing import Any
 
@@ -23,6 +23,9 @@ from tests.unit.brains.sites import BIG, CLIENT, SECRET, Site, World
 
 WORKER = ev.Who(b"w" * 16, "worker", b"k" * 40, "client")  # the SDK inside a task
 RESTARTED = "restarted"  # in a queue: from here on the sender is a new process
+
+
+SCALARS = frozenset((type(None), bytes, int, float, str, bool))
 
 
 def through_msgpack(value: Any) -> Any:
@@ -43,6 +46,8 @@ def canonical(resolver: Resolver) -> Any:
         return numbers[id(obj)]
 
     def plain(value: Any, slot: str = "") -> Any:
+        if type(value) in SCALARS and slot not in ("waiters", "awaited_by"):
+            return value
         if isinstance(value, Obj):
             return ("obj", name(value))
         if isinstance(value, Group | Options):
@@ -119,7 +124,7 @@ class LastingSite(Site):
             return ("Ended", [task.id for task in event.tasks], event.failure, event.retry)
         if isinstance(event, ev.ArgumentGone):
             return ("ArgumentGone", event.task.id, event.obj.id)
-        return copy.deepcopy(event)
+        return pickle.dumps(event)
 
     def compact(self) -> None:
         """A snapshot takes the journal's place."""
@@ -179,7 +184,7 @@ class LastingSite(Site):
         """The argument blob of a task is here: from the worker that submits it, or from its endpoint."""
         self.pulls.remove(pull)
         self.store[pull.obj.id], self.attempts[pull.obj.id] = b"args", 1
-        self.handle(ev.Pulled([(pull.obj.id, 1, "ipc", BIG, None)]))
+        self.handle(ev.Pulled([(pull.obj.id, 1, {"ipc": BIG}, None)]))
 
     # -------------------------------------------------------------------------------------------- dying, restarting
 
@@ -207,7 +212,7 @@ class LastingSite(Site):
         if self.snapshot:
             resolver.load(self.snapshot, world.now)
         for event in self.journal:
-            resolver.replay(self._read(copy.deepcopy(event)))
+            resolver.replay(self._read(event))
             resolver.validate()
         self._read_pages(workers)
         wanted = resolver.wanted_bytes()
@@ -225,12 +230,12 @@ class LastingSite(Site):
         self.compact()
 
     def _read(self, written: Any) -> Any:
-        if isinstance(written, tuple) and written[0] == "Ended":
+        if isinstance(written, bytes):
+            return pickle.loads(written)
+        if written[0] == "Ended":
             tasks = [self.resolver.objects.get(id) for id in written[1]]
             return ev.Ended([task for task in tasks if isinstance(task, Task)], written[2], written[3])
-        if isinstance(written, tuple) and written[0] == "ArgumentGone":
-            return ev.ArgumentGone(_same(self.resolver, written[1]), self.resolver.objects[written[2]])
-        return written
+        return ev.ArgumentGone(_same(self.resolver, written[1]), self.resolver.objects[written[2]])
 
     def _read_pages(self, deaths: float) -> None:
         """What workers did since: some have a result, some died."""

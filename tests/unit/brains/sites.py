@@ -134,7 +134,7 @@ class Site:
         self.store[pull.obj.id] = source.store[found.id]
         self.attempts[pull.obj.id] = pull.obj.attempt
         self.pulled[pull.obj.id] += 1
-        self.handle(ev.Pulled([(pull.obj.id, pull.obj.attempt, "direct", pull.obj.size, None)]))
+        self.handle(ev.Pulled([(pull.obj.id, pull.obj.attempt, {"direct": pull.obj.size}, None)]))
 
 
 def split(joined: bytes) -> list[bytes]:

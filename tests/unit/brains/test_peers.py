@@ -16,31 +16,13 @@ from gcref.config import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
 from gcref.errors import LocalProtocolError
 from gcref.wire import codec
 from gcref.wire import messages as m
-from tests.unit.brains.pair import HEARTBEAT_S, KEY_A, KEY_B, A, B, Pair, anybody, note
+from tests.unit.brains.pair import HEARTBEAT_S, KEY_A, KEY_B, A, B, Pair, anybody, kinds, met, note
 
 OTHER_KEY = b"o" * 40
 
 
-@pytest.fixture
-def pair() -> Pair:
-    return Pair()
-
-
-def met(pair: Pair, *carriers: str) -> Pair:
-    """A and B have met over these carriers, and that is old news."""
-    pair.know(*(carriers or ("direct",)))
-    pair.settle()
-    pair.a.told.clear()
-    pair.b.told.clear()
-    return pair
-
-
 def carriers_in(links_: list[dict[str, Any]], state: str) -> list[str]:
     return [link["carrier"] for link in links_ if link["state"] == state]
-
-
-def kinds(frames: list[bytes]) -> list[str]:
-    return [codec.PACKET_KINDS[codec.unpack_packet(frame).kind] for frame in frames]
 
 
 # ---------------------------------------------------------------------------------------------------- meeting
@@ -73,7 +55,7 @@ def test_two_parties_meet_and_talk(pair: Pair) -> None:
 
 
 def test_one_packet_for_each_peer_and_flush(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     for number in range(50):
         pair.a.send(number)
     (transmit,) = pair.a.peers.flush(pair.now)
@@ -84,7 +66,7 @@ def test_one_packet_for_each_peer_and_flush(pair: Pair) -> None:
 
 def test_nothing_is_acknowledged_before_the_flush_that_follows_its_delivery(pair: Pair) -> None:
     """The shell journals between `handle` and `flush`: what it might forget is never acknowledged."""
-    met(pair)
+    met(pair, "direct")
     pair.a.send(*range(200))
     pair.a.flush()
     (wire,) = pair.wires
@@ -97,7 +79,7 @@ def test_nothing_is_acknowledged_before_the_flush_that_follows_its_delivery(pair
 
 
 def test_a_lonely_acknowledgement_comes_by_the_deadline(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     pair.a.send(1)
     pair.settle()
     assert pair.a.peers.pending(B) == 1
@@ -123,7 +105,7 @@ def test_both_dial_at_once_and_have_one_session(pair: Pair) -> None:
 
 
 def test_what_was_sent_before_the_break_is_sent_again_once_it_is_up(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     pair.a.send(1, 2)
     pair.a.flush()
     (wire,) = pair.wires
@@ -136,7 +118,7 @@ def test_what_was_sent_before_the_break_is_sent_again_once_it_is_up(pair: Pair) 
 
 
 def test_a_lost_packet_is_found_by_asking(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     (wire,) = pair.wires
     pair.a.send(1)
     pair.a.flush()
@@ -153,7 +135,7 @@ def test_a_lost_packet_is_found_by_asking(pair: Pair) -> None:
 
 def test_a_slow_link_is_asked_and_not_flooded(pair: Pair) -> None:
     """Nothing is lost, it only takes long: the questions are small, and nothing is sent twice."""
-    met(pair)
+    met(pair, "direct")
     (wire,) = pair.wires
     pair.a.send(1, 2, 3)
     pair.a.flush()
@@ -208,7 +190,7 @@ def test_when_the_best_one_breaks_the_spare_is_dialled(pair: Pair) -> None:
 
 
 def test_told_again_what_is_new_is_dialled_and_what_is_gone_is_hung_up(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     (wire,) = pair.wires
     same = ("direct", "direct://b", KEY_B)
     assert pair.a.peers.handle(pe.Know(B, [same], pair.now)) == []
@@ -222,7 +204,7 @@ def test_told_again_what_is_new_is_dialled_and_what_is_gone_is_hung_up(pair: Pai
 
 
 def test_forgotten_parties_begin_anew_on_both_sides(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     pair.a.send(1)
     pair.b.send(2)
     pair.pass_time(1.0)
@@ -239,7 +221,7 @@ def test_forgotten_parties_begin_anew_on_both_sides(pair: Pair) -> None:
 
 
 def test_who_forgets_and_dials_again_is_seen_to_remember_nothing(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     pair.b.send(1)
     pair.pass_time(1.0)
     pair.a.handle(pe.Forget(B))
@@ -252,7 +234,7 @@ def test_who_forgets_and_dials_again_is_seen_to_remember_nothing(pair: Pair) -> 
 
 
 def test_good_byes_are_heard_at_once(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     for told in pair.b.peers.close(pair.now):
         assert isinstance(told, pe.Transmit)
         pair.wires[0].back.append(told.frame)
@@ -264,7 +246,7 @@ def test_good_byes_are_heard_at_once(pair: Pair) -> None:
 
 
 def test_an_idle_link_is_asked_by_one_side_only_and_seldom(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     (wire,) = pair.wires
     seen = 0
     for _ in range(600):
@@ -277,7 +259,7 @@ def test_an_idle_link_is_asked_by_one_side_only_and_seldom(pair: Pair) -> None:
 
 
 def test_a_frozen_link_is_down_after_three_heartbeats_and_dialled_anew(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     (wire,) = pair.wires
     began = pair.now
     pair.a.send(1)
@@ -296,7 +278,7 @@ def test_a_frozen_link_is_down_after_three_heartbeats_and_dialled_anew(pair: Pai
 
 
 def test_an_accepted_link_that_was_silent_is_used_again_when_it_is_heard(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     (wire,) = pair.wires
     for _ in range(80):
         pair.now += 0.25
@@ -313,7 +295,7 @@ def test_an_accepted_link_that_was_silent_is_used_again_when_it_is_heard(pair: P
 
 def test_the_accepting_side_of_a_frozen_link_finds_out_as_soon(pair: Pair) -> None:
     """F4: within three heartbeats on both sides."""
-    met(pair)
+    met(pair, "direct")
     (wire,) = pair.wires
     began = pair.now
     while not pair.b.news(pe.PeerDown):
@@ -325,7 +307,7 @@ def test_the_accepting_side_of_a_frozen_link_finds_out_as_soon(pair: Pair) -> No
 
 
 def test_who_was_stopped_oneself_does_not_judge_by_the_clock(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     pair.now += 1000.0
     pair.settle()
     assert not pair.a.news(pe.PeerDown)
@@ -346,7 +328,7 @@ def test_without_anything_to_do_there_is_no_deadline(pair: Pair) -> None:
 
 
 def test_a_peer_that_lost_its_journal_says_so_and_gets_what_it_had_not_acknowledged(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     pair.a.send(1, 2)
     pair.b.send(9)
     pair.pass_time(1.0)
@@ -367,7 +349,7 @@ def test_a_peer_that_lost_its_journal_says_so_and_gets_what_it_had_not_acknowled
 
 
 def test_a_peer_with_its_journal_goes_on_where_it_was(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     pair.a.send(1, 2)
     pair.pass_time(1.0)
     pair.wires[0].lose(pair.now)
@@ -383,24 +365,29 @@ def test_a_peer_with_its_journal_goes_on_where_it_was(pair: Pair) -> None:
 
 def test_acknowledgements_that_overtake_a_welcome_are_no_loss(pair: Pair) -> None:
     """A second link is greeted while the first one is busy: its WELCOME may know less than what came since."""
-    met(pair)
+    met(pair, "direct")
     (first,) = pair.wires
-    pair.a.handle(pe.Know(B, [("direct", "direct://b", KEY_B), ("broker", "broker://b", KEY_B)], pair.now))
+    pair.a.send(1)
+    pair.a.flush()
+    pair.now += 0.5
+    pair.a.handle(pe.Know(B, [("direct", "direct://b", KEY_B), ("ipc", "ipc://b", None)], pair.now))
     second = pair.wires[-1]
     second.connect(pair.now)
     pair.a.flush()
     second.deliver(second.out, 0, pair.now)
     pair.b.flush()
     assert kinds(second.back) == ["WELCOME"]
-    pair.a.send(1)
-    pair.a.flush()
     first.deliver(first.out, 0, pair.now)
-    pair.now += ACK_DELAY_S
+    pair.now += 0.5
+    pair.a.flush()
+    assert kinds(first.out) == ["PING"]
+    first.deliver(first.out, 0, pair.now)
     pair.b.flush()
-    assert kinds(first.back) == ["DATA"]
+    assert kinds(first.back) == ["PONG"]
     first.deliver(first.back, 0, pair.now)
     assert pair.a.peers.pending() == 0
     pair.settle()
+    assert pair.a.peers.carrier_of(B) == "ipc"
     assert not pair.a.news(pe.PeerReset)
     pair.a.send(2)
     pair.settle()
@@ -427,7 +414,7 @@ def test_an_old_welcome_opens_no_link(pair: Pair) -> None:
 
 def test_packets_of_an_earlier_process_are_stale(pair: Pair) -> None:
     """F10: from a mailbox, or a network that held them back."""
-    met(pair)
+    met(pair, "direct")
     (wire,) = pair.wires
     pair.a.send(1)
     pair.settle()
@@ -483,11 +470,11 @@ def test_the_carriers_refusal_is_told_once_and_tried_again_slowly(pair: Pair) ->
         pair.a.flush()
     assert pair.a.news() == [pe.AuthRefused(B, "b does not accept our key")]
     waits = [round(later[0] - earlier[0]) for earlier, later in itertools.pairwise(dials)]
-    assert waits == [5, 10, 20, 40, 60]
+    assert waits == [1, 2, 4, 8, 16, 32, 60]
 
 
 def test_who_has_shown_his_key_is_not_taken_for_another_because_a_tunnel_breaks_off(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     (wire,) = pair.wires
     wire.lose(pair.now)
     pair.a.handle(
@@ -522,7 +509,7 @@ def test_the_owner_key_must_be_the_key_of_the_connection(pair: Pair) -> None:
 
 
 def test_a_party_cannot_be_taken_over_by_another_key(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     thief = pe.Identity(A, pe.CLIENT, OTHER_KEY, 5_000_000)
     frame = links.hello_frame(codec.HELLO, thief, Session(5_000_000), 1)
     pair.b.handle(pe.PacketIn("thief", frame, OTHER_KEY, pair.now, "direct"))
@@ -535,7 +522,7 @@ def test_a_party_cannot_be_taken_over_by_another_key(pair: Pair) -> None:
 
 
 def test_a_connection_with_another_key_does_not_inherit_a_link(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     (wire,) = pair.wires
     frame = codec.pack_packet(codec.DATA, 1000, 1, 0, 0, [codec.pack(note(666))])
     pair.b.handle(pe.PacketIn(wire.accepted, frame, OTHER_KEY, pair.now, "direct"))
@@ -544,7 +531,7 @@ def test_a_connection_with_another_key_does_not_inherit_a_link(pair: Pair) -> No
 
 
 def test_a_revoked_key_has_no_rights_on_open_links(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     pair.b.authorize = lambda key, hello: None
     pair.b.handle(pe.Revoke([KEY_A], pair.now))
     assert pair.b.news() == [pe.PeerDown(A, "its key was revoked")]
@@ -602,7 +589,7 @@ def test_another_version_is_named_on_both_sides(pair: Pair) -> None:
 
 
 def test_versions_are_no_ping_pong(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     (wire,) = pair.wires
     for _ in range(100):
         pair.b.handle(pe.PacketIn("x", b"\x09anything", OTHER_KEY, pair.now, "direct"))
@@ -621,7 +608,7 @@ def test_a_hello_of_another_protocol_is_a_mismatch_too(pair: Pair) -> None:
 
 
 def test_unknown_trailing_fields_of_a_hello_are_ignored(pair: Pair) -> None:
-    body = [1, "3.14", A, "client", KEY_A, 5, 0, 0, 1, "something", {"new": 1}]
+    body = [1, "3.14", A, "client", KEY_A, 5, 0, 0, 1, [], ["quic://somewhere", 5], "something", {"new": 1}]
     frame = codec.pack_packet(codec.HELLO, 5, 0, 0, 0, [codec.pack(body)])
     assert pair.b.peers.handle(pe.PacketIn("x", frame, KEY_A, pair.now, "direct")) == [
         pe.PeerUp(A, "direct", True)
@@ -629,11 +616,29 @@ def test_unknown_trailing_fields_of_a_hello_are_ignored(pair: Pair) -> None:
     assert pair.b.peers.describe(A)["python"] == "3.14"
 
 
+@pytest.mark.parametrize("length", [9, 10])
+def test_a_hello_of_a_party_that_names_no_addresses_is_fine(pair: Pair, length: int) -> None:
+    body = [1, "3.14", A, "client", KEY_A, 5, 0, 0, 1, ["tcp://a:1"], ["tcp://a:2"]][:length]
+    frame = codec.pack_packet(codec.HELLO, 5, 0, 0, 0, [codec.pack(body)])
+    pair.b.handle(pe.PacketIn("x", frame, KEY_A, pair.now, "direct"))
+    assert pair.b.news() == [pe.PeerUp(A, "direct", True)]
+
+
+@pytest.mark.parametrize("field", [7, "tcp://a:1", None, ["tcp://a:1"] * 33])
+def test_addresses_that_are_none_make_no_hello(pair: Pair, field: Any) -> None:
+    body = [1, "3.14", A, "client", KEY_A, 5, 0, 0, 1, [], field]
+    frame = codec.pack_packet(codec.HELLO, 5, 0, 0, 0, [codec.pack(body)])
+    pair.b.handle(pe.PacketIn("x", frame, KEY_A, pair.now, "direct"))
+    (rejected,) = pair.b.news()
+    assert isinstance(rejected, pe.Rejected)
+    assert "addresses" in rejected.reason
+
+
 # ------------------------------------------------------------------------------------- bad messages and frames
 
 
 def test_a_bad_message_harms_only_itself(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     pair.a.send(1)
     pair.a.peers.send(B, [m.SUBMIT, b"short"])
     pair.a.peers.send(B, [4711])
@@ -650,7 +655,7 @@ def test_a_bad_message_harms_only_itself(pair: Pair) -> None:
 
 
 def test_what_cannot_be_sent_is_refused_at_once_and_harms_nothing(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     with pytest.raises(LocalProtocolError, match="cannot be sent"):
         pair.a.peers.send(B, [m.STATUS, object()])
     with pytest.raises(LocalProtocolError, match="FUNCTION of"):
@@ -661,7 +666,7 @@ def test_what_cannot_be_sent_is_refused_at_once_and_harms_nothing(pair: Pair) ->
 
 
 def test_garbage_on_a_link_is_counted_and_told_once(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     (wire,) = pair.wires
     for junk in (
         b"",
@@ -692,7 +697,7 @@ def test_a_stranger_is_told_to_say_hello_and_no_more_than_once_a_second(pair: Pa
 
 def test_a_party_that_forgot_the_link_is_greeted_again(pair: Pair) -> None:
     """Its process is new, but the connection has not noticed (a mailbox, a proxy)."""
-    met(pair)
+    met(pair, "direct")
     pair.b.start(2_000_000)
     pair.b.got.clear()
     pair.a.send(1)
@@ -701,7 +706,7 @@ def test_a_party_that_forgot_the_link_is_greeted_again(pair: Pair) -> None:
 
 
 def test_one_party_cannot_hold_links_without_end(pair: Pair) -> None:
-    met(pair)
+    met(pair, "direct")
     for number in range(100):
         frame = links.hello_frame(codec.HELLO, pair.a.peers.me, Session(1000), number)
         pair.b.handle(pe.PacketIn(("again", number), frame, KEY_A, pair.now, "direct"))
@@ -753,7 +758,7 @@ def test_no_frame_whatever_raises_or_silences_the_others(
     frames: list[tuple[Any, bytes, bytes | None]],
 ) -> None:
     """F11. Frames of all kinds come in on a known link, from strangers, on our own dialled links."""
-    pair = met(Pair())
+    pair = met(Pair(), "direct")
     (wire,) = pair.wires
     pair.b.handle(pe.Know(b"D" * 16, [("direct", "direct://d", OTHER_KEY)], pair.now))
     for link, frame, key in frames:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import initialize, invariant, rule
 
 from gcref.brains import peers as pe
 from gcref.wire import codec
 from gcref.wire import messages as m
-from tests.unit.brains.pair import HEARTBEAT_S, KEY_A, KEY_B, A, B, Pair, Side, Wire
+from tests.unit.brains.pair import KEY_A, KEY_B, A, B, Pair, Side, Wire, Wires
 
 STEP = 1_000_000
 """How much later a process starts than the one before, microseconds."""
@@ -198,12 +198,11 @@ def test_any_key_may_show_up_when_none_was_written_down() -> None:
     assert not b.peers.is_up(A)
 
 
-class Life(RuleBasedStateMachine):
+class Life(Wires):
     """Two endpoints, links in any weather, and death at any instruction."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pair = Pair()
         self.journals = {A: Journal(), B: Journal()}
         self.epochs = {A: STEP, B: 5 * STEP}
         # What a process had sent, and what it knew to be taken, when it died; by party and process.
@@ -211,12 +210,14 @@ class Life(RuleBasedStateMachine):
         self.pair.a = Mortal(self.pair, A, 1, self.epochs[A], self.journals[A])
         self.pair.b = Mortal(self.pair, B, 1, self.epochs[B], self.journals[B])
         self.ways: dict[bytes, tuple[str, ...]] = {A: (), B: ()}
+        self.old_mail: dict[tuple[bytes, str], list[bytes]] = {}
 
     @initialize(
-        ways=st.sampled_from([("direct",), ("ipc", "direct"), ("direct", "broker")]), back=st.booleans()
+        ways=st.sampled_from([("direct",), ("ipc", "direct"), ("direct", "broker"), ("broker",)]),
+        back=st.sampled_from([(), ("direct",), ("broker",)]),
     )
-    def begin(self, ways: tuple[str, ...], back: bool) -> None:
-        self.ways = {A: ways, B: ("direct",) if back else ()}
+    def begin(self, ways: tuple[str, ...], back: tuple[str, ...]) -> None:
+        self.ways = {A: ways, B: back}
         for party in (A, B):
             self.know(self.side(party))
 
@@ -231,10 +232,6 @@ class Life(RuleBasedStateMachine):
         if ways:
             side.handle(pe.Know(other.party, ways, self.pair.now))
 
-    def frames(self, choice: int) -> tuple[Wire, list[bytes]] | None:
-        full = [(w, f) for w in self.pair.wires for f in (w.out, w.back) if f and w.up]
-        return full[choice % len(full)] if full else None
-
     # ------------------------------------------------------------------------------------------------- daily life
 
     @rule(party=st.sampled_from([A, B]), count=st.integers(1, 3))
@@ -246,27 +243,12 @@ class Life(RuleBasedStateMachine):
         self.side(party).flush()
         self.bury()
 
-    @rule(choice=st.integers(0, 7), place=st.integers(0, 5))
-    def deliver(self, choice: int, place: int) -> None:
-        if found := self.frames(choice):
-            wire, frames = found
-            wire.deliver(frames, place if place < len(frames) and place > 3 else 0, self.pair.now)
-            self.bury()
+    def after_delivery(self) -> None:
+        self.bury()
 
     @rule()
     def settle(self) -> None:
         self.pair.settle()
-
-    @rule(choice=st.integers(0, 7), place=st.integers(0, 3))
-    def duplicate(self, choice: int, place: int) -> None:
-        if found := self.frames(choice):
-            wire, frames = found
-            wire.deliver(frames, place % len(frames), self.pair.now, keep=True)
-
-    @rule(choice=st.integers(0, 7), place=st.integers(0, 3))
-    def drop(self, choice: int, place: int) -> None:
-        if found := self.frames(choice):
-            del found[1][place % len(found[1])]
 
     @rule(choice=st.integers(0, 7))
     def lose(self, choice: int) -> None:
@@ -278,14 +260,6 @@ class Life(RuleBasedStateMachine):
         assert isinstance(wire.listener, Mortal)
         if wire.listener.dead:
             wire.listener = self.side(wire.listener.party)  # who listens there now
-
-    @rule()
-    def connect(self) -> None:
-        self.pair.connect()
-
-    @rule(seconds=st.sampled_from([0.001, 0.02, 1.0, HEARTBEAT_S, 3 * HEARTBEAT_S + 1, 100.0]))
-    def wait(self, seconds: float) -> None:
-        self.pair.now += seconds
 
     @rule(party=st.sampled_from([A, B]))
     def snapshot(self, party: bytes) -> None:
@@ -338,13 +312,41 @@ class Life(RuleBasedStateMachine):
             pair.b = new
         for wire in list(pair.wires):
             if wire.dialler is side:
-                if told:
+                if told or wire.by_mail:
                     pair.wires.remove(wire)
                 # Else what it had sent may still arrive, late.
+            elif wire.listener is side and wire.by_mail:
+                wire.listener = new  # it opens the same mailbox
             elif wire.listener is side and told:
                 self.lose_one(wire)
+        # The broker may deliver to the next process all that it ever delivered to this one.
+        for (_, receiver, way), mail in pair.post.items():
+            if receiver == party:
+                self.old_mail[party, way] = list(mail.posted)
         new.recall(pe.ENDPOINT, KEY_A if party == B else KEY_B)
         self.know(new)
+
+    @rule(
+        party=st.sampled_from([A, B]),
+        way=st.sampled_from(["out", "back"]),
+        start=st.integers(0, 400),
+        count=st.integers(1, 30),
+    )
+    def old_mail_comes_again(self, party: bytes, way: str, start: int, count: int) -> None:
+        """A stretch of the mail to earlier processes of this party, as it was posted."""
+        side, frames = self.side(party), self.old_mail.get((party, way), [])
+        if not frames:
+            return
+        start %= len(frames)
+        for frame in frames[start : start + count]:
+            link: pe.Link = ("mail", side.other.party, side.other.key)
+            if way == "back":
+                dialled = [w for w in self.pair.wires if w.dialler is side and w.by_mail and not w.hung_up]
+                if not dialled:
+                    return
+                link = dialled[-1].dial.link
+            side.handle(pe.PacketIn(link, frame, side.other.key, self.pair.now, "broker"))
+            self.bury()
 
     # ------------------------------------------------------------------------------------------------------- laws
 

@@ -197,7 +197,9 @@ def test_pulls_are_ordered_again() -> None:
     life.handle(ev.Outcomes(THERE, [[object_id(9), m.STORED, BIG, 1, None]], "direct"))
     pulls = {(i.obj.id, i.source) for i in only(life.again(), ev.Pull)}
     assert pulls == {(object_id(9), THERE), (b"u" * 16, CLIENT), (object_id(3), CLIENT)}
-    told = life.handle(ev.Pulled([(object_id(9), 1, "direct", BIG, None), (b"u" * 16, 1, "ipc", 0, None)]))
+    told = life.handle(
+        ev.Pulled([(object_id(9), 1, {"direct": BIG}, None), (b"u" * 16, 1, {"ipc": 0}, None)])
+    )
     assert sorted(runnable(told)) == [object_id(1), object_id(2)]
 
 
@@ -232,7 +234,7 @@ def test_what_was_relayed_is_relayed_again_until_its_home_has_answered() -> None
         ev.Relay(THERE, [m.OFFER, THERE, GROUP, SECRET, [[object_id(4), len(blob), blob]]]),
     ]
     assert items(told, WORKER.party)[object_id(1)][2] == b"v", "the task that waits for it hears it again"
-    told = life.handle(ev.Pulled([(b"u" * 16, 1, "ipc", 0, None), (object_id(5), 1, "ipc", 0, None)]))
+    told = life.handle(ev.Pulled([(b"u" * 16, 1, {"ipc": 0}, None), (object_id(5), 1, {"ipc": 0}, None)]))
     assert len(only(told, ev.Relay)) == 2
     told = life.again()
     assert not only(told, ev.Pull)
@@ -275,7 +277,7 @@ def test_copies_that_the_store_has_not_after_a_death_are_brought_again_when_some
     life.submit(task(1, far(8), far(9)), task(2, far(7)))
     for n in (7, 8):
         life.handle(ev.Outcomes(THERE, [[object_id(n), m.STORED, BIG, 1, None]], "direct"))
-        life.handle(ev.Pulled([(object_id(n), 1, "direct", BIG, None)]))
+        life.handle(ev.Pulled([(object_id(n), 1, {"direct": BIG}, None)]))
     life.finish(2)  # an idle copy of 7 stays
     told = life.again()
     assert only(told, ev.Idle) == [ev.Idle([object_id(7)])]
@@ -292,7 +294,7 @@ def test_a_redirection_is_told_again() -> None:
     told = life.again()
     assert items(told)[object_id(1)][1:3] == [m.ALIAS, far(9)]
     life.handle(ev.Outcomes(THERE, [[object_id(9), m.STORED, BIG, 1, None]], "direct"))
-    assert runnable(life.handle(ev.Pulled([(object_id(9), 1, "direct", BIG, None)]))) == [object_id(2)]
+    assert runnable(life.handle(ev.Pulled([(object_id(9), 1, {"direct": BIG}, None)]))) == [object_id(2)]
 
 
 def test_what_nobody_submitted_is_waited_for_after_a_death_too() -> None:
@@ -328,7 +330,7 @@ def test_a_restarted_home_may_have_lost_its_forgets_and_its_confirmations() -> N
     life = Life()
     life.submit(task(1, far(8)), task(2))
     life.handle(ev.Outcomes(THERE, [[object_id(8), m.STORED, BIG, 1, None]], "direct"))
-    life.handle(ev.Pulled([(object_id(8), 1, "direct", BIG, None)]))
+    life.handle(ev.Pulled([(object_id(8), 1, {"direct": BIG}, None)]))
     life.finish(1)
     life.finish(2, m.OK, b"v", far(9))
     told = life.handle(ev.HomeRestarted(THERE))
@@ -409,11 +411,11 @@ def test_an_argument_that_is_found_gone_when_its_task_is_sent_is_made_again() ->
 def test_an_argument_blob_of_an_unfinished_task_is_brought_again() -> None:
     life = Life()
     life.submit([object_id(2), -1, None, None, None, [b"u" * 16, BIG]])
-    life.handle(ev.Pulled([(b"u" * 16, 1, "ipc", 0, None)]))
+    life.handle(ev.Pulled([(b"u" * 16, 1, {"ipc": 0}, None)]))
     told = life.handle(ev.BytesLost([(b"u" * 16, "bytes_lost")]))
     assert [(i.obj.id, i.source) for i in only(told, ev.Pull)] == [(b"u" * 16, CLIENT)]
     assert only(told, ev.Withdraw)
-    assert runnable(life.handle(ev.Pulled([(b"u" * 16, 1, "ipc", 0, None)]))) == [object_id(2)]
+    assert runnable(life.handle(ev.Pulled([(b"u" * 16, 1, {"ipc": 0}, None)]))) == [object_id(2)]
 
 
 def test_a_subscriber_takes_a_later_attempt_when_it_has_not_the_bytes() -> None:
@@ -422,10 +424,10 @@ def test_a_subscriber_takes_a_later_attempt_when_it_has_not_the_bytes() -> None:
     life.handle(ev.Outcomes(THERE, [[object_id(9), m.STORED, BIG, 1, None]], "direct"))
     told = life.handle(ev.Outcomes(THERE, [[object_id(9), m.STORED, BIG + 1, 2, None]], "direct"))
     assert told == [ev.CancelPull(object_id(9)), ev.Pull(life.r.objects[object_id(9)], THERE)]
-    assert life.handle(ev.Pulled([(object_id(9), 1, "direct", BIG, None)])) == [], (
+    assert life.handle(ev.Pulled([(object_id(9), 1, {"direct": BIG}, None)])) == [], (
         "bytes of two attempts never mix"
     )
-    assert runnable(life.handle(ev.Pulled([(object_id(9), 2, "direct", BIG + 1, None)]))) == [object_id(1)]
+    assert runnable(life.handle(ev.Pulled([(object_id(9), 2, {"direct": BIG + 1}, None)]))) == [object_id(1)]
 
 
 def test_a_subscriber_waits_when_the_home_has_not_the_bytes_and_keeps_a_copy_that_it_has() -> None:
@@ -437,7 +439,7 @@ def test_a_subscriber_waits_when_the_home_has_not_the_bytes_and_keeps_a_copy_tha
     assert len(only(told, ev.Pull)) == 1
     late = failures.make("ObjectLostError", "silent", reason="timeout")
     assert life.handle(ev.PullFailed(object_id(9), late, 1)) == [], "the home has spoken since"
-    life.handle(ev.Pulled([(object_id(9), 2, "direct", BIG, None)]))
+    life.handle(ev.Pulled([(object_id(9), 2, {"direct": BIG}, None)]))
     assert life.handle(ev.Outcomes(THERE, [[object_id(9), m.STORED, BIG, 3, None]], "direct")) == []
     assert life.r.objects[object_id(9)].attempt == 2, "its bytes are here"
     life.handle(ev.Evicted([object_id(9)]))

@@ -13,7 +13,7 @@ from gcref.brains import peers as pe
 from gcref.brains import session as sessions
 from gcref.brains.session import NEVER, Session
 from gcref.wire.codec import DATA, pack, pack_packet, unpack_packet
-from tests.unit.brains.pair import HEARTBEAT_S, Pair, Side, Wire, note
+from tests.unit.brains.pair import HEARTBEAT_S, Pair, Side, Wires, note
 
 NOW = 50.0
 
@@ -214,7 +214,7 @@ def test_a_restart_renumbers_what_is_not_acknowledged() -> None:
 # ------------------------------------------------------------------------------- any weather, beside an obvious twin
 
 
-class Weather(RuleBasedStateMachine):
+class Weather(Wires):
     """Two sessions over two links that lose, repeat, reorder and break. The twin is the list of what was sent.
 
     At each moment each side has got, in order and once, a beginning of what the other one sent. When the weather
@@ -223,25 +223,20 @@ class Weather(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pair = Pair()
         self.sent: dict[str, list[int]] = {"a": [], "b": []}
 
     @initialize(
-        carriers=st.sampled_from([("direct",), ("ipc", "direct"), ("direct", "broker")]), back=st.booleans()
+        carriers=st.sampled_from([("direct",), ("ipc", "direct"), ("direct", "broker"), ("broker",)]),
+        back=st.sampled_from([None, "direct", "broker"]),
     )
-    def begin(self, carriers: tuple[str, ...], back: bool) -> None:
+    def begin(self, carriers: tuple[str, ...], back: str | None) -> None:
         self.pair.know(*carriers)
-        if back:  # both dial at once
-            self.pair.b.handle(
-                pe.Know(self.pair.a.party, [("direct", "direct://a", self.pair.a.key)], self.pair.now)
-            )
+        if back is not None:  # both dial at once
+            ways: list[pe.Candidate] = [(back, f"{back}://a", self.pair.a.key)]
+            self.pair.b.handle(pe.Know(self.pair.a.party, ways, self.pair.now))
 
     def side(self, is_a: bool) -> Side:
         return self.pair.a if is_a else self.pair.b
-
-    def frames(self, choice: int) -> tuple[Wire, list[bytes]] | None:
-        full = [(w, f) for w in self.pair.wires for f in (w.out, w.back) if f and w.up]
-        return full[choice % len(full)] if full else None
 
     @rule(is_a=st.booleans(), count=st.integers(1, 4))
     def send(self, is_a: bool, count: int) -> None:
@@ -255,13 +250,6 @@ class Weather(RuleBasedStateMachine):
     def flush(self, is_a: bool) -> None:
         self.side(is_a).flush()
 
-    @rule(choice=st.integers(0, 7), place=st.integers(0, 5))
-    def deliver(self, choice: int, place: int) -> None:
-        """Mostly in order, sometimes not."""
-        if found := self.frames(choice):
-            wire, frames = found
-            wire.deliver(frames, place if place < len(frames) and place > 3 else 0, self.pair.now)
-
     @rule(choice=st.integers(0, 7))
     def deliver_many(self, choice: int) -> None:
         if found := self.frames(choice):
@@ -269,29 +257,10 @@ class Weather(RuleBasedStateMachine):
             while frames and wire.up:
                 wire.deliver(frames, 0, self.pair.now)
 
-    @rule(choice=st.integers(0, 7), place=st.integers(0, 3))
-    def duplicate(self, choice: int, place: int) -> None:
-        if found := self.frames(choice):
-            wire, frames = found
-            wire.deliver(frames, place % len(frames), self.pair.now, keep=True)
-
-    @rule(choice=st.integers(0, 7), place=st.integers(0, 3))
-    def drop(self, choice: int, place: int) -> None:
-        if found := self.frames(choice):
-            del found[1][place % len(found[1])]
-
     @precondition(lambda self: self.pair.wires)
     @rule(choice=st.integers(0, 3))
     def lose(self, choice: int) -> None:
         self.pair.wires[choice % len(self.pair.wires)].lose(self.pair.now)
-
-    @rule()
-    def connect(self) -> None:
-        self.pair.connect()
-
-    @rule(seconds=st.sampled_from([0.001, 0.02, 0.3, 1.0, HEARTBEAT_S, 3 * HEARTBEAT_S + 1, 100.0]))
-    def wait(self, seconds: float) -> None:
-        self.pair.now += seconds
 
     @invariant()
     def in_order_and_once(self) -> None:

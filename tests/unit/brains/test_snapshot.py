@@ -100,8 +100,8 @@ def test_the_same_events_give_the_same_instructions_after_a_dump(seed: int) -> N
         ev.Outcomes(THERE, [[object_id(52), m.PENDING, None, 0, None]], "direct"),
         ev.Outcomes(THERE, [[object_id(53), m.STORED, 7, 1, None]], "direct"),
         ev.Outcomes(THERE, [[object_id(20), m.OK, b"v", 1, None]], "direct"),
-        ev.Pulled([(object_id(50), 1, "direct", 1 << 20, None), (b"u" * 16, 1, "ipc", 0, None)]),
-        ev.Pulled([(b"U" * 16, 1, "ipc", 0, None), (object_id(23), 1, "ipc", 0, None)]),
+        ev.Pulled([(object_id(50), 1, {"direct": 1 << 20}, None), (b"u" * 16, 1, {"ipc": 0}, None)]),
+        ev.Pulled([(b"U" * 16, 1, {"ipc": 0}, None), (object_id(23), 1, {"ipc": 0}, None)]),
         ev.Reclaimed(peer, [object_id(70)], False),
         ev.Finished("w", [[1, object_id(0), 1, m.OK, b"v", 1.0, 0.5, None, None]]),
         ev.Finished(

@@ -13,7 +13,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from gcref.brains import submitter_events as ev
 from gcref.brains.submitter import NOT_RUNNING_S, Submitter
-from gcref.brains.submitter_table import LOOK_EVERY_S, SEEN_GONE, SEEN_RUNNING, SEEN_STOPPED, Lane, Stored
+from gcref.brains.submitter_table import (
+    LOOK_EVERY_S,
+    SEEN_GONE,
+    SEEN_RUNNING,
+    SEEN_STOPPED,
+    SEEN_UNKNOWN,
+    Lane,
+    Stored,
+)
 from gcref.objects import failure as failures
 from gcref.wire import messages as m
 
@@ -75,6 +83,14 @@ class Shell:
             said += self.tell(ev.Tick(self.now))
         self.now = until
         return said
+
+
+def working(*numbers: int, **limits: float) -> tuple[Shell, Lane]:
+    """Its endpoint is up and has been sent these tasks."""
+    shell, lane = Shell(None, **limits), lane_at(POLARIS)
+    shell.submit(*[task(lane, number) for number in numbers])
+    shell.up(POLARIS)
+    return shell, lane
 
 
 def ends(said: list[Any]) -> list[tuple[Any, str, Any]]:
@@ -149,9 +165,7 @@ def test_a_message_is_closed_when_its_arguments_are_many_bytes() -> None:
 
 
 def test_a_function_is_sent_again_when_asked_for() -> None:
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1), task(lane, 2))
-    shell.up(POLARIS)
+    shell, _ = working(1, 2)
     said = shell.tell(ev.Heard(POLARIS, [[m.NEED_FUNCTION, [FN[0], OTHER_FN[0]]]], shell.now))
     assert said == [ev.Send(POLARIS, [m.FUNCTION, *FN])]
 
@@ -214,9 +228,7 @@ def test_a_put_is_offered() -> None:
 
 
 def test_running() -> None:
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1))
-    shell.up(POLARIS)
+    shell, _ = working(1)
     started = [m.STARTED, [[id_of(1), 1, 1.0], [id_of(7), 1, 1.0]]]
     assert shell.tell(ev.Heard(POLARIS, [started, started], shell.now)) == [ev.Running(["future 1"])]
 
@@ -267,9 +279,7 @@ def test_a_sent_task_is_cancelled_by_its_endpoint() -> None:
 
 def test_a_silent_endpoint_costs_a_second_and_the_request_stands() -> None:
     """C3."""
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1))
-    shell.up(POLARIS)
+    shell, _ = working(1)
     shell.tell(ev.CancelAsked("request", [id_of(1)], False, shell.now))
     assert shell.tick(0.99) == []
     assert shell.tick(0.02) == [ev.Answer("request", [False])]
@@ -286,9 +296,7 @@ def test_a_task_that_was_reloaded_is_cancelled_by_its_endpoint() -> None:
 
 
 def test_what_is_done_or_unknown_is_not_cancelled() -> None:
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1))
-    shell.up(POLARIS)
+    shell, _ = working(1)
     shell.outcome(POLARIS, (id_of(1), m.OK, b""))
     said = shell.tell(ev.CancelAsked("request", [id_of(1), id_of(2)], False, shell.now))
     assert said == [ev.Answer("request", [False, False])]
@@ -299,9 +307,7 @@ def test_what_is_done_or_unknown_is_not_cancelled() -> None:
 
 def test_an_alias_ends_with_what_it_stands_for() -> None:
     """R11."""
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1))
-    shell.up(POLARIS)
+    shell, lane = working(1)
     said = shell.outcome(POLARIS, (id_of(1), m.ALIAS, id_of(2) + MIDWAY + TOKEN))
     assert said == [ev.Reach(MIDWAY)]
     said = shell.up(MIDWAY)
@@ -333,9 +339,7 @@ def test_a_chain_of_aliases_ends_at_once_without_recursion() -> None:
 
 def test_a_cycle_of_aliases_fails() -> None:
     """R11."""
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1), task(lane, 2))
-    shell.up(POLARIS)
+    shell, _ = working(1, 2)
     shell.outcome(POLARIS, (id_of(1), m.ALIAS, id_of(2) + POLARIS + TOKEN))
     said = shell.outcome(POLARIS, (id_of(2), m.ALIAS, id_of(1) + POLARIS + TOKEN))
     assert sorted((holder, how) for holder, how, _ in ends(said)) == [
@@ -345,9 +349,7 @@ def test_a_cycle_of_aliases_fails() -> None:
 
 
 def test_an_alias_of_what_is_done_asks_for_it_again() -> None:
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1), task(lane, 2))
-    shell.up(POLARIS)
+    shell, _ = working(1, 2)
     shell.outcome(POLARIS, (id_of(2), m.OK, b"two"))
     said = shell.outcome(POLARIS, (id_of(1), m.ALIAS, id_of(2) + POLARIS + TOKEN))
     assert sent(said, m.SUBSCRIBE) == [[m.SUBSCRIBE, POLARIS, [[id_of(2), None, None, False]]]]
@@ -377,9 +379,7 @@ def test_a_reference_that_nobody_waits_for_any_more_is_let_go_before_its_end() -
 
 
 def test_two_futures_for_one_object_are_one_subscription() -> None:
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1))
-    shell.up(POLARIS)
+    shell, _ = working(1)
     assert shell.tell(ev.Opened([(id_of(1), POLARIS, TOKEN, None, "opened")], shell.now)) == []
     said = shell.outcome(POLARIS, (id_of(1), m.OK, b"1"))
     assert [(holder, raw) for holder, _, raw in ends(said)] == [("future 1", b"1"), ("opened", b"1")]
@@ -388,9 +388,7 @@ def test_two_futures_for_one_object_are_one_subscription() -> None:
 
 
 def test_a_future_for_what_is_done_hears_it_again() -> None:
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1))
-    shell.up(POLARIS)
+    shell, _ = working(1)
     shell.outcome(POLARIS, (id_of(1), m.OK, b"1"))
     said = shell.tell(ev.Opened([(id_of(1), POLARIS, TOKEN, None, "opened")], shell.now))
     assert len(sent(said, m.SUBSCRIBE)) == 1
@@ -424,9 +422,7 @@ def test_an_endpoint_that_does_not_run_is_given_up_within_seconds() -> None:
 
 
 def test_an_endpoint_that_is_gone_for_good_is_given_up_at_once() -> None:
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1))
-    shell.up(POLARIS)
+    shell, _ = working(1)
     shell.tell(ev.PeerDown(POLARIS, "the connection was lost", shell.now))
     assert shell.tick(0.1) == [ev.Look(POLARIS)]
     assert (
@@ -436,9 +432,7 @@ def test_an_endpoint_that_is_gone_for_good_is_given_up_at_once() -> None:
 
 def test_an_endpoint_that_was_there_may_come_back() -> None:
     """F9."""
-    shell, lane = Shell(endpoint_lost_s=600.0), lane_at(POLARIS)
-    shell.submit(task(lane, 1))
-    shell.up(POLARIS)
+    shell, _ = working(1, endpoint_lost_s=600.0)
     shell.tell(ev.PeerDown(POLARIS, "the connection was lost", shell.now))
     for _ in range(50):
         for said in shell.tick(10.0):
@@ -450,9 +444,7 @@ def test_an_endpoint_that_was_there_may_come_back() -> None:
 
 def test_an_endpoint_out_of_reach_for_too_long_is_lost() -> None:
     """F3."""
-    shell, lane = Shell(endpoint_lost_s=600.0), lane_at(POLARIS)
-    shell.submit(task(lane, 1))
-    shell.up(POLARIS)
+    shell, _ = working(1, endpoint_lost_s=600.0)
     shell.tell(ev.PeerDown(POLARIS, "no answer", shell.now))
     assert ends(shell.tick(599)) == []
     ((_, how, raw),) = ends(shell.tick(2))
@@ -460,10 +452,31 @@ def test_an_endpoint_out_of_reach_for_too_long_is_lost() -> None:
     assert "no answer" in raw[1]
 
 
-def test_waiting_costs_nothing_while_nobody_waits() -> None:
-    shell, lane = Shell(), lane_at(POLARIS)
+def test_what_cannot_be_found_ends_in_the_reason_why() -> None:
+    """F3: the hub that would know where it is does not answer."""
+    shell, lane = Shell(endpoint_lost_s=600.0), lane_at(POLARIS)
+    silent = failures.make("HubUnavailableError", "the hub does not answer")
+    shell.submit(task(lane, 1))
+    for _ in range(60):
+        assert ends(shell.tick(9.9)) == []
+        shell.tell(ev.PeerSeen(POLARIS, SEEN_UNKNOWN, silent[1], shell.now, silent))
+    assert ends(shell.tick(9.9)) == [("future 1", "HubUnavailableError", silent)]
+
+
+def test_the_hub_is_no_excuse_for_an_endpoint_that_was_met() -> None:
+    shell, lane = Shell(endpoint_lost_s=600.0), lane_at(POLARIS)
+    silent = failures.make("HubUnavailableError", "the hub does not answer")
     shell.submit(task(lane, 1))
     shell.up(POLARIS)
+    shell.tell(ev.PeerDown(POLARIS, "no answer", shell.now))
+    shell.tell(ev.PeerSeen(POLARIS, SEEN_UNKNOWN, silent[1], shell.now, silent))
+    ((_, how, raw),) = ends(shell.tick(601))
+    assert how == "EndpointLostError"
+    assert "the hub does not answer" in raw[1]
+
+
+def test_waiting_costs_nothing_while_nobody_waits() -> None:
+    shell, lane = working(1)
     shell.outcome(POLARIS, (id_of(1), m.OK, b""))
     shell.tell(ev.PeerDown(POLARIS, "", shell.now))
     assert shell.brain.deadline is None
@@ -498,13 +511,35 @@ def test_an_endpoint_that_refuses_us_by_one_way_may_let_us_in_by_another() -> No
 
 
 def test_a_key_that_is_revoked_fails_what_is_open() -> None:
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1))
-    shell.up(POLARIS)
+    shell, _ = working(1)
     shell.tell(ev.PeerRefused(POLARIS, failures.make("AuthError", "no more"), shell.now))
     shell.tell(ev.PeerDown(POLARIS, "", shell.now))
     ((_, how, _),) = ends(shell.tick(1))
     assert how == "AuthError"
+
+
+def test_who_let_us_in_after_a_refusal_and_breaks_off_at_once_is_waited_for_without_hurry() -> None:
+    """The hub told it of our key a moment too late; nothing of that refusal is left, and no deadline lies in the past."""
+    shell, lane = Shell(), lane_at(POLARIS)
+    shell.submit(task(lane, 1))
+    shell.tell(ev.PeerRefused(POLARIS, failures.make("AuthError", "no"), shell.now))
+    shell.up(POLARIS)
+    shell.tell(ev.PeerDown(POLARIS, "", shell.now))
+    for _ in range(20):
+        at = shell.brain.deadline
+        assert at is not None
+        shell.now = max(shell.now, at)
+        assert ends(shell.tell(ev.Tick(shell.now))) == []
+        assert shell.brain.deadline is not None
+        assert shell.brain.deadline > shell.now, "it was met"
+
+
+def test_an_old_refusal_by_a_way_that_was_not_needed_is_not_held_against_it() -> None:
+    shell, _ = working(1)
+    shell.tell(ev.PeerRefused(POLARIS, failures.make("AuthError", "no"), shell.now))
+    shell.now += 100
+    shell.tell(ev.PeerDown(POLARIS, "", shell.now))
+    assert ends(shell.tick(10)) == []
 
 
 def test_an_endpoint_that_forgot_loses_what_it_had_taken() -> None:
@@ -531,9 +566,7 @@ def test_a_fetch_makes_the_endpoint_needed() -> None:
 
 
 def test_a_full_peer_is_sent_no_tasks_until_it_has_room() -> None:
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1))
-    shell.up(POLARIS)
+    shell, lane = working(1)
     shell.tell(ev.PeerFull(POLARIS, True))
     assert shell.submit(task(lane, 2), task(lane, 3)) == []
     assert ends(shell.tell(ev.CancelAsked("request", [id_of(2)], False, shell.now)))[0][1] == "cancelled"
@@ -612,9 +645,7 @@ def test_what_an_attach_has_pinned_is_let_go_of() -> None:
 
 
 def test_bytes_that_were_made_again_are_taken_from_the_later_attempt() -> None:
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1), task(lane, 2))
-    shell.up(POLARIS)
+    shell, _ = working(1, 2)
     shell.outcome(POLARIS, (id_of(1), m.ALIAS, id_of(3) + POLARIS + TOKEN))
     shell.outcome(POLARIS, (id_of(2), m.STORED, 500_000), (id_of(3), m.STORED, 600_000))
 
@@ -630,9 +661,7 @@ def test_bytes_that_were_made_again_are_taken_from_the_later_attempt() -> None:
 
 def test_an_endpoint_that_is_away_is_looked_for_only_while_it_is_needed() -> None:
     """Rule 10; and soon: it may be back, at another address."""
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1))
-    shell.up(POLARIS)
+    shell, lane = working(1)
     shell.outcome(POLARIS, (id_of(1), m.OK, b""))
     shell.tell(ev.PeerDown(POLARIS, "killed", shell.now))
     assert shell.brain.deadline is None
@@ -678,9 +707,7 @@ def test_leaving_lets_go_of_what_is_done_but_not_of_arguments() -> None:
 
 
 def test_tasks_that_cannot_be_written_fail() -> None:
-    shell, lane = Shell(), lane_at(POLARIS)
-    shell.submit(task(lane, 1))
-    shell.up(POLARIS)
+    shell, _ = working(1)
     failure = failures.make("LocalProtocolError", "too large")
     assert ends(shell.tell(ev.Unsendable([id_of(1), id_of(8)], failure))) == [
         ("future 1", "LocalProtocolError", failure)

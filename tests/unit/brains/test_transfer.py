@@ -10,8 +10,9 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from gcref.brains import transfer
-from gcref.brains.transfer import STRIKE_BAD, STRIKES_MAX, Transfers, checksum
+from gcref.brains import transfer, transfer_windows
+from gcref.brains.transfer import STRIKE_BAD, STRIKES_MAX, Transfers
+from gcref.brains.transfer_answers import checksum
 from gcref.brains.transfer_events import (
     Abort,
     Adopt,
@@ -31,6 +32,7 @@ from gcref.brains.transfer_events import (
     SinkFailed,
     Tick,
     Trouble,
+    Unsent,
     WayFailed,
     Write,
 )
@@ -49,6 +51,7 @@ A, B = b"a" * 16, b"b" * 16
 X, Y, Z = b"x" * 16, b"y" * 16, b"z" * 16
 RANGE = 10
 WINDOW = 4 * RANGE
+MAIL_WINDOW = 2 * RANGE
 TIMEOUT_S = 30.0
 NO_LINK_S = 60.0
 
@@ -75,6 +78,9 @@ class Shell:
             range_bytes=RANGE,
             window_bytes=int(settings.get("window", WINDOW)),
             total_window_bytes=int(settings.get("total", 4 * WINDOW)),
+            mail_window_bytes=int(settings.get("mail", MAIL_WINDOW)),
+            mail_total_bytes=int(settings.get("mail_total", 2 * MAIL_WINDOW)),
+            first_request=int(settings.get("first_request", 0)),
             range_timeout_s=TIMEOUT_S,
             no_link_s=NO_LINK_S,
         )
@@ -285,7 +291,7 @@ def test_many_small_objects_are_bounded_in_number() -> None:
     shell = Shell()
     shell.up(1)
     asked = [fetch for number in range(100) for fetch in shell.pull(bytes([number]) * 16, 0)]
-    assert len(asked) == transfer.WINDOW_RANGES
+    assert len(asked) == transfer_windows.WINDOW_RANGES
     shell.answer_all(asked)
     assert len(shell.objects) == 100
 
@@ -322,6 +328,110 @@ def test_cancel_drops_what_has_come_and_is_silent() -> None:
     for fetch in asked[1:]:
         assert shell.answer(fetch) == []
     assert (shell.ended, shell.files, shell.aborted) == ([], {}, [X])
+
+
+# ------------------------------------------------------------------------------------------------------- mail
+
+
+def test_through_a_mailbox_the_window_is_narrower() -> None:
+    shell = Shell()
+    shell.up(1, carrier="broker")
+    asked = shell.pull(X, 100)
+    assert ranges(asked) == [(0, 10), (10, 10)]
+    assert ranges(shell.answer(asked[0])) == [(20, 10)]
+    assert [fetch.link for fetch in shell.up(2)] == [2, 2], "what it leaves free is asked over a better link"
+    assert shell.brain.progress(X) == (10, 100, "direct")
+
+
+def test_all_mailboxes_share_a_window_in_turn() -> None:
+    shell = Shell(mail_total=MAIL_WINDOW)
+    shell.up(1, A, "broker")
+    shell.up(2, B, "broker")
+    todo = shell.pull(X, 60, source=A)
+    assert shell.pull(Y, 60, source=B) == []
+    order = []
+    while todo:
+        fetch = todo.pop(0)
+        order.append(fetch.id)
+        todo += shell.answer(fetch)
+    assert set(shell.objects) == {X, Y}
+    assert order[2:8].count(Y) == 3, "they take turns"
+
+
+def test_a_pull_that_only_mail_may_serve_does_not_hold_up_the_others() -> None:
+    shell = Shell()
+    shell.up(1, carrier="broker", key=b"k")
+    shell.up(2, carrier="direct", key=b"other")
+    assert {fetch.link for fetch in shell.pull(X, 100, key=b"k")} == {1}
+    assert {fetch.link for fetch in shell.pull(Y, 20, key=b"other")} == {2}
+
+
+def test_what_mail_passed_over_is_lost_and_asked_again_at_once() -> None:
+    shell = Shell()
+    shell.up(1, carrier="broker")
+    first, second = shell.pull(X, 30)
+    assert sorted(ranges(shell.answer(second))) == [(0, 10), (20, 10)]
+    assert shell.answer(first) == [], "and should it come yet, it is not taken twice"
+    shell.answer_all(shell.asked[2:])
+    assert shell.objects[X] == blob(X, 1, 30)
+
+
+def test_a_question_that_did_not_leave_is_asked_after_a_pause() -> None:
+    shell = Shell()
+    shell.up(1, carrier="broker")
+    first, second = shell.pull(X, 40)
+    for fetch in (first, second):
+        assert shell.tell(Unsent(fetch.link, fetch.request, shell.now)) == []
+    assert shell.brain.deadline == transfer_windows.PAUSE_S
+    assert shell.wait(transfer_windows.PAUSE_S / 2) == []
+    again = shell.wait(transfer_windows.PAUSE_S / 2)
+    assert sorted(ranges(again)) == [(0, 10), (10, 10)]
+    for fetch in again:
+        shell.tell(Unsent(fetch.link, fetch.request, shell.now))
+    assert shell.brain.deadline == shell.now + 2 * transfer_windows.PAUSE_S, "longer each time"
+    shell.answer_all(shell.wait(1.0))
+    assert shell.objects[X] == blob(X, 1, 40)
+
+
+def test_an_answer_ends_a_pause() -> None:
+    shell = Shell()
+    shell.up(1, carrier="broker")
+    first, second = shell.pull(X, 20)
+    shell.tell(Unsent(second.link, second.request, shell.now))
+    shell.answer_all(shell.answer(first))
+    assert shell.objects[X] == blob(X, 1, 20)
+
+
+def test_questions_that_do_not_leave_are_never_too_many() -> None:
+    shell = Shell()
+    shell.up(1, carrier="broker")
+    asked = shell.pull(X, 10)
+    for _ in range(3 * STRIKES_MAX):
+        (fetch,) = asked
+        shell.tell(Unsent(fetch.link, fetch.request, shell.now))
+        asked = shell.wait(transfer_windows.PAUSE_MAX_S)
+    shell.answer_all(asked)
+    assert shell.objects[X] == blob(X, 1, 10)
+
+
+def test_answers_to_the_questions_of_an_earlier_process_are_dropped() -> None:
+    shell = Shell(first_request=0xFFFFFFFF)
+    shell.up(1, carrier="broker")
+    first, second = shell.pull(X, 20)
+    assert (first.request, second.request) == (0xFFFFFFFF, 0)
+    shell.answer(first, request=7, error=[NO_SUCH_OBJECT, "not yet"], data=b"")
+    shell.answer_all([first, second])
+    assert shell.objects[X] == blob(X, 1, 20)
+
+
+def test_an_error_about_another_object_is_no_answer() -> None:
+    shell = Shell()
+    shell.up(1, carrier="broker")
+    (fetch,) = shell.pull(X, 10)
+    again = shell.answer(fetch, id=Y, error=[NO_SUCH_OBJECT, "gone"], data=b"")
+    assert shell.ended == []
+    shell.answer_all(again)
+    assert shell.objects[X] == blob(X, 1, 10)
 
 
 # ------------------------------------------------------------------------------------------------- bad answers
@@ -795,6 +905,11 @@ class Chaos:
             code = data.draw(st.sampled_from((NO_SUCH_OBJECT, WAY_CLOSED)))
             self.shell.answer(fetch, error=[code, "no"], data=b"", path=None)
 
+    def do_refuse(self, data: st.DataObject) -> None:
+        fetch = self.draw_question(data)
+        if fetch is not None:
+            self.shell.tell(Unsent(fetch.link, fetch.request, self.shell.now))
+
     def do_up(self, data: st.DataObject) -> None:
         self.raise_link(data.draw(st.sampled_from(LINKS)))
 
@@ -852,7 +967,7 @@ def test_whatever_happens_it_ends_in_exact_bytes_or_a_typed_failure(data: st.Dat
         assert isinstance(outcome, Done) or outcome.message
 
 
-@hypothesis.given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.randoms(use_true_random=False))
+@hypothesis.given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.randoms(use_true_random=True))
 def test_loss_and_disorder_alone_never_fail_a_pull(sizes: list[int], random: object) -> None:
     """Each answer is lost with one chance in three, or comes twice, in any order: the clock repairs it."""
     shell = Shell()

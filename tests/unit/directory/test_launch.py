@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,24 @@ def test_an_agent_understands_what_it_is_told() -> None:
     order = Order.from_json(told)
     assert (order.private, order.home, order.watch_stdin) == (True, None, True)
     assert (order.carriers, order.sys_path) == (["ipc"], ["/lib"])
+
+
+def test_the_token_reaches_the_agent_by_the_order_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its environment is that of its workers, whose tasks may be somebody else's."""
+    monkeypatch.setenv("GCREF_TOKEN", "a secret")
+    told = launch.order_for(
+        ID, name="site", home=Path("/h"), config={}, watch_stdin=True, hub_url="https://hub", token="a secret"
+    )
+    order = Order.from_json(told)
+    assert (order.hub_url, order.token) == ("https://hub", "a secret")
+    assert "secret" not in repr(order)
+    with launch.start_process(subprocess.DEVNULL) as process:
+        try:
+            environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+        finally:
+            process.kill()
+    assert b"PATH=" in environment
+    assert b"a secret" not in environment
 
 
 def test_an_agent_that_is_ready_says_where() -> None:

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
 from concurrent import futures as stdlib
 from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
 from typing import Any
@@ -27,13 +26,6 @@ from tests.support.waiting import wait_until
 from tests.unit.sdk.home import HOME, Home, bytes_of
 
 SOON = 10.0
-
-
-@pytest.fixture
-def home() -> Iterator[Home]:
-    made = Home()
-    yield made
-    made.close()
 
 
 def in_thread(fn: Any, *args: Any) -> threading.Thread:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,13 +14,6 @@ from tests.support.waiting import wait_until
 from tests.unit.sdk.home import Home, bytes_of
 
 SOON = 10.0
-
-
-@pytest.fixture
-def home() -> Iterator[Home]:
-    made = Home()
-    yield made
-    made.close()
 
 
 async def value_of(future: ComputeFuture[Any]) -> Any:

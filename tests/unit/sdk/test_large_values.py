@@ -22,6 +22,7 @@ class Loop:
         self.wishes: list[Callable[[], None]] = []
         self.told: list[Any] = []
         self.reaching = self
+        self.hub = None
 
     def post(self, wish: Callable[[], None]) -> None:
         self.wishes.append(wish)

@@ -67,6 +67,21 @@ task #1 (simulate) at endpoint 'polaris': waiting for 2 arguments
     )
 
 
+def test_why_a_better_way_was_not_taken() -> None:
+    direct = {"carrier": "direct", "address": "tcp://10.0.0.7:4000", "dialled": True, "error": "no answer"}
+    broker = {"carrier": "broker", "address": "mailbox://4d", "dialled": True, "error": "it was down once"}
+    theirs = {"carrier": "direct", "address": None, "dialled": False, "error": "the connection was lost"}
+    told = {"up": True, "carrier": "broker", "links": [direct, broker, theirs]}
+    assert story.link(told, "midway") == (
+        "midway is reached by broker; tried direct tcp://10.0.0.7:4000: no answer"
+    )
+    assert story.link({**told, "carrier": "direct"}, "midway") == "midway is reached by direct"
+    assert story.link({**told, "up": False, "carrier": None}, "midway") == (
+        "midway is out of reach; tried direct tcp://10.0.0.7:4000: no answer; "
+        "tried broker mailbox://4d: it was down once"
+    )
+
+
 def test_what_is_elsewhere_is_told_by_its_home() -> None:
     far = {"id": id_of(2), "home": MIDWAY, "state": "waiting", "at_home": False}
     root = task(1, "waiting", missing=1, waits_for=[far], told_by=POLARIS)

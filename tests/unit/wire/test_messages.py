@@ -58,6 +58,9 @@ GOOD: dict[str, list[Any]] = {
     "status": [m.STATUS, 1],
     "status_is": [m.STATUS_IS, 1, {}],
     "pins": [m.PINS, ID * 2, False],
+    "try": [m.TRY, 1, ID, {"name": "midway"}],
+    "try nobody": [m.TRY, 1, None, None],
+    "tried": [m.TRIED, 1, {}],
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from tests.support.waiting import patience, wait_until
 
 LONG_S: Final = 3600.0
 AGENT: Final = ids.new_id()
+ADOPT_S: Final = 60.0
 
 
 class Result(NamedTuple):
@@ -248,3 +249,12 @@ def place(path: Path, value: Any) -> tuple[list[Any], bytes]:
 
 def exists(pid: int) -> bool:
     return os.path.exists(f"/proc/{pid}")
+
+
+def begun(agent: FakeAgent, entry: list[Any], worker: int = 1) -> None:
+    wait_until(lambda: agent.zygote.progress(worker) == entry[0], what="the task to start")
+
+
+def open_pipe(pipe: str, text: str = "here") -> None:
+    """Let the task go on that waits for it."""
+    Path(pipe).write_text(text)

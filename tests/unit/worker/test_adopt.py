@@ -10,9 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +21,7 @@ from endpoint_worker.worker.remains import Remains
 from endpoint_worker.worker.zygote import Zygote
 from gcref.wire.messages import OK, STORED
 from tests.support.waiting import wait_until
-from tests.unit.worker.fake_agent import FakeAgent, Result, exists, place, value_of
+from tests.unit.worker.fake_agent import ADOPT_S, FakeAgent, Result, begun, exists, open_pipe, place, value_of
 from tests.unit.worker.test_runtime import (
     Dependency,
     add,
@@ -34,21 +32,6 @@ from tests.unit.worker.test_runtime import (
     wait_for,
     wait_lending,
 )
-
-ADOPT_S = 60.0
-
-
-@pytest.fixture
-def agent() -> Iterator[FakeAgent]:
-    with FakeAgent(adopt_s=ADOPT_S) as made:
-        yield made
-
-
-@pytest.fixture
-def pipe(tmp_path: Path) -> str:
-    made = str(tmp_path / "pipe")
-    os.mkfifo(made)
-    return made
 
 
 def count(path: str, pipe: str) -> str:
@@ -71,15 +54,6 @@ def large(pipe: str) -> bytes:
 def found_by(agent: FakeAgent, worker: int = 1) -> Remains:
     (one,) = [found for found in agent.come_back() if found.worker == worker]
     return one
-
-
-def begun(agent: FakeAgent, entry: list[Any], worker: int = 1) -> None:
-    wait_until(lambda: agent.zygote.progress(worker) == entry[0], what="the task to start")
-
-
-def open_pipe(pipe: str, text: str = "here") -> None:
-    """Let the task go on that waits for it."""
-    Path(pipe).write_text(text)
 
 
 def adopted(agent: FakeAgent, worker: int = 1) -> tuple[int, int, bool]:

@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
 
 from endpoint_worker.agent.pool import Message, Pool
 from endpoint_worker.worker import channel
 from gcref import ids
 from gcref.wire.messages import OK
 from tests.support.waiting import patience
-from tests.unit.worker.fake_agent import FakeAgent, Result
-from tests.unit.worker.test_adopt import ADOPT_S, begun, open_pipe
+from tests.unit.worker.fake_agent import FakeAgent, Result, begun, open_pipe
 from tests.unit.worker.test_runtime import add, wait_for, wait_lending
-
-
-@pytest.fixture
-def agent() -> Iterator[FakeAgent]:
-    with FakeAgent(adopt_s=ADOPT_S) as made:
-        yield made
-
-
-@pytest.fixture
-def pipe(tmp_path: Path) -> str:
-    made = str(tmp_path / "pipe")
-    os.mkfifo(made)
-    return made
 
 
 def pool_of(agent: FakeAgent) -> Pool:

@@ -859,13 +859,13 @@ def test_who_does_not_end_after_exit_is_ended(monkeypatch: pytest.MonkeyPatch) -
 def test_a_limit_of_memory_is_an_error_in_the_task(tmp_path: Path) -> None:
     """What is mapped of the store does not count, and the worker lives on."""
     with FakeAgent(0) as agent:
-        agent.spawn(1, memory_bytes=200 << 20)
+        agent.spawn(1, memory_bytes=128 << 20)
         agent.expect(channel.READY)
-        error = failure.to_exception(failure_of(agent.run(bytearray, 300 << 20)))
+        error = failure.to_exception(failure_of(agent.run(bytearray, 192 << 20)))
         assert isinstance(error, MemoryError)
-        assert agent.value(lambda: len(bytearray(100 << 20))) == 100 << 20
-        where, _ = place(tmp_path / "blob", np.ones(50 << 20))
-        assert agent.value(total, Dependency(), deps=[where]) == 50 << 20
+        assert agent.value(lambda: len(bytearray(32 << 20))) == 32 << 20
+        where, _ = place(tmp_path / "blob", np.ones(20 << 20))
+        assert agent.value(total, Dependency(), deps=[where]) == 20 << 20
         assert not agent.exits
 
 
