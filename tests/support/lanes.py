@@ -8,16 +8,7 @@ from typing import Final
 LANES: Final = (1, 2)
 
 _SECOND: Final = frozenset(
-    (
-        *(
-            "test_journal_size",
-            "test_prompt_endings",
-            "test_lost_peers",
-            "test_agent_dies",
-            "test_coming_back",
-        ),
-        *("test_cli", "test_release", "test_memory"),
-    )
+    ("test_journal_size", "test_prompt_endings", "test_lost_peers", "test_agent_dies", "test_coming_back")
 )
 """Modules of `integration` in the second lane, beside everything outside that folder."""
 
