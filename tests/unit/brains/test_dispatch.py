@@ -1207,9 +1207,10 @@ class Twin(RuleBasedStateMachine):
                 if self.by_id[row[1]].state < DONE:
                     complete(self.by_id[row[1]])
             worker.tell(("ADOPT", self.epoch))
-        for task in self.tasks:
+        for task in self.tasks:  # the next agent's know nothing of workers, those that have ended neither
+            task.worker, task.seq = None, 0
             if task.state < DONE:
-                task.state, task.worker, task.seq = WAITING, None, 0
+                task.state = WAITING
         left: list[tuple[int, Task | None, int, bool]] = []
         for worker in self.workers.values():
             if worker.running is not None and worker.running[1].state < DONE:
