@@ -244,12 +244,15 @@ def _may_have_ended_in(case: Case, number: int, kind: str) -> bool:
 def _lost_its_workers(case: Case, node: Node) -> bool:
     """Whether enough workers that could have run it died: one for each attempt that it had."""
     begins, ends = case.window(node)
-    deaths = [blow["at"] for blow in case.killed.values() if blow["site"] == node.site] + case.stops(
-        node.site
-    )
+    deaths = [blow["at"] for blow in case.killed.values() if blow["site"] == node.site]
     deaths = [at for at in deaths if begins <= at <= ends]
+    # Whoever waited for the task hears of its end before the stop is over.
+    stops = [entry for entry in case.by_what["stopped"] if entry["site"] == node.site]
+    stops = [
+        entry for entry in stops if begins <= entry["at"] and float(entry.get("since") or entry["at"]) <= ends
+    ]
     planned = min(node.deaths, len(case.starts(node.number))) if node.kind is Kind.DIE else 0
-    return len(deaths) + planned > node.retries
+    return len(deaths) + len(stops) + planned > node.retries
 
 
 def _lost_its_tail_call(case: Case, node: Node) -> bool:

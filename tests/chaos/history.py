@@ -11,7 +11,7 @@
 | `end` | node, outcome (`value`, `error`, `cancelled`, `pending`), digest; type, text, roots, named; attempts |
 | `changed` | node: a value that was kept is not what it was |
 | `blow`, `healed` | fault, target; site (index), killed (process ids of workers) |
-| `stopped` | site: its agent has ended in order, and all of its workers with it |
+| `stopped` | site: its agent has ended in order, and all of its workers with it; since: when it was told to |
 | `effect` | node, effect, pid |
 | `log` | site, level, text: what an agent complained of |
 | `left` | text: something that is still there |

@@ -148,8 +148,9 @@ class Striker(threading.Thread):
                 site.signal_agent(signal.SIGKILL)
                 return []
             case Fault.STOP_AGENT if begins:
+                since = round(time.monotonic(), 6)
                 site.command("stop")
-                self._history.note("stopped", site=self._world.sites.index(site))
+                self._history.note("stopped", site=self._world.sites.index(site), since=since)
                 return []
             case _:
                 site.await_death()

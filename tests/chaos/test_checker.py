@@ -357,6 +357,16 @@ def test_a_worker_that_dies_after_a_task_ended_explains_nothing() -> None:
     assert ("errors_are_explained", A) in {(found.law, found.node) for found in check(GRAPH, entries)}
 
 
+def test_a_stop_explains_what_is_told_before_it_is_over() -> None:
+    entries = faultless(GRAPH)
+    ends_in(entries, A, "WorkerLostError")
+    told_at = entry(entries, A, "end")["at"]
+    later(entries, "stopped", site=0, since=told_at - 0.1)
+    assert ("errors_are_explained", A) not in {(found.law, found.node) for found in check(GRAPH, entries)}
+    entries[-1]["since"] = told_at + 0.1
+    assert ("errors_are_explained", A) in {(found.law, found.node) for found in check(GRAPH, entries)}
+
+
 def test_who_runs_again_after_a_stop_may() -> None:
     entries = faultless(GRAPH)
     later(entries, "stopped", site=1)
