@@ -7,18 +7,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gcref import ids
 from gcref.brains.peers_events import Link, LinkDown, LinkUp, PacketIn, Refused
 from gcref.carriers import keys
+from gcref.carriers.amqp import AmqpMailbox
 from gcref.carriers.base import Carrier, CarrierEvent
+from gcref.carriers.carriers import Carriers
 from gcref.carriers.keys import KeyPair
 from gcref.carriers.memory import MemoryCarrier, MemoryNetwork
+from gcref.carriers.memory_post import MemoryMailbox, Post
+from gcref.carriers.post import address_of
 from gcref.carriers.zeromq import ZeroMQCarrier
+from tests.support.rabbit import Rabbit
 from tests.support.waiting import patience
 
 E = TypeVar("E")
 
 KINDS = ("memory-ipc", "memory-tcp", "zeromq-ipc", "zeromq-tcp")
 TCP_KINDS = ("memory-tcp", "zeromq-tcp")
+MAIL_KINDS = ("mail-memory", "mail-rabbitmq")
 
 SERVER = keys.generate()
 CLIENT = keys.generate()
@@ -56,6 +63,7 @@ class Place:
         self.kind = kind
         self.tcp = kind.endswith("tcp")
         self.carrier_name = "direct" if self.tcp else "ipc"
+        self.answer_key: bytes | None = None  # what a dialled link says of the other side's key
         self.parties: list[Party] = []
         self._folder = folder
         self._network = MemoryNetwork()
@@ -115,3 +123,37 @@ class Place:
     def close(self) -> None:
         for party in self.parties:
             party.carrier.close()
+
+
+class MailPlace(Place):
+    """Where carriers meet that have mailboxes: at a broker in memory, or at a real one."""
+
+    def __init__(self, kind: str, folder: Path, rabbit: Rabbit | None) -> None:
+        super().__init__(kind, folder)
+        self.tcp = True
+        self.carrier_name = "broker"
+        self.answer_key = SERVER.public
+        self._post = Post()
+        self._rabbit = rabbit
+        self._ids: dict[Party, bytes] = {}
+
+    def party(self, pair: KeyPair | None = CLIENT, allowed: Mapping[bytes, str] | None = None) -> Party:
+        assert pair is not None
+        id = ids.new_id()
+        mailbox: MemoryMailbox | AmqpMailbox
+        if self._rabbit is None:
+            mailbox = MemoryMailbox(self._post, id, pair)
+            access = self._post.access(id)
+        else:
+            mailbox = AmqpMailbox(id, pair)
+            access = self._rabbit.party(id)
+        party = Party(Carriers(ZeroMQCarrier(pair, allowed), mailbox))
+        mailbox.use(access)
+        self.parties.append(party)
+        self._ids[party] = id
+        return party
+
+    def server(self, allowed: Mapping[bytes, str] | None = None) -> tuple[Party, str]:
+        """A party that has a mailbox, and its address."""
+        party = self.party(SERVER, {CLIENT.public: "user"} if allowed is None else allowed)
+        return party, address_of(self._ids[party])

@@ -1,4 +1,4 @@
-"""What every carrier of control messages promises: one suite over the fake, over ipc, and over TCP with CURVE."""
+"""What every carrier of control messages promises: one suite over the fakes, ipc, TCP with CURVE, and mail over RabbitMQ."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ from gcref.carriers.base import FdReady
 from gcref.carriers.zeromq import ZeroMQCarrier
 from gcref.errors import ConfigError
 from gcref.wire.codec import MAX_FRAME_BYTES
-from tests.contract.places import CLIENT, KINDS, OTHER, SERVER, TCP_KINDS, Place
+from tests.contract.places import CLIENT, KINDS, MAIL_KINDS, OTHER, SERVER, TCP_KINDS, MailPlace, Place
 from tests.support.proxy import Proxy
 
+# Mail has no connections, a mailbox takes mail for whoever is away, and a mailbox that comes up wakes a poll.
+sockets = pytest.mark.parametrize("place", KINDS, indirect=True)
 tcp_kinds = pytest.mark.parametrize("place", TCP_KINDS, indirect=True)
 zeromq_kinds = pytest.mark.parametrize("place", ["zeromq-ipc", "zeromq-tcp"], indirect=True)
 zeromq_tcp = pytest.mark.parametrize("place", ["zeromq-tcp"], indirect=True)
 zeromq_ipc = pytest.mark.parametrize("place", ["zeromq-ipc"], indirect=True)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=(*KINDS, *MAIL_KINDS))
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     found = Place(request.param, tmp_path)
+    if request.param in MAIL_KINDS:
+        rabbit = request.getfixturevalue("rabbit") if request.param == "mail-rabbitmq" else None
+        found = MailPlace(request.param, tmp_path, rabbit)
     yield found
     found.close()
 
@@ -52,7 +57,7 @@ def test_frames_go_there_and_back(place: Place) -> None:
     assert server.carrier.send(packet.link, b"back")
     place.until(lambda: client.frames == [b"back"])
     (answer,) = client.of(PacketIn)
-    assert (answer.link, answer.key, answer.carrier) == (1, None, place.carrier_name)
+    assert (answer.link, answer.key, answer.carrier) == (1, place.answer_key, place.carrier_name)
 
 
 def test_frames_arrive_whole_and_in_order(place: Place) -> None:
@@ -60,7 +65,7 @@ def test_frames_arrive_whole_and_in_order(place: Place) -> None:
     sizes = [0, 1, 100, 65_535, 65_536, 300_000, 3_000_000, 10]
     frames = [bytes([number % 251]) * sizes[number % len(sizes)] for number in range(80)]
     for frame in frames:
-        assert client.carrier.send(1, frame)
+        place.until(lambda frame=frame: client.carrier.send(1, frame), "room to send")  # type: ignore[misc]
     place.until(lambda: len(server.frames) >= len(frames), "all frames", 30.0)
     assert server.frames == frames
 
@@ -116,6 +121,7 @@ def test_a_send_that_fails_hides_nothing_that_has_arrived(place: Place) -> None:
         assert frames == [b"%d" % number]
 
 
+@sockets
 def test_several_links_of_one_carrier(place: Place) -> None:
     client, server, address = place.linked()
     client.carrier.dial(2, address, place.server_key)
@@ -142,6 +148,7 @@ def test_a_party_can_listen_at_several_addresses_and_dial_too(place: Place, tmp_
 # -------------------------------------------------------------------------------------------------- connections
 
 
+@sockets
 def test_dialled_before_anybody_listens(place: Place) -> None:
     probe, address = place.server()
     probe.carrier.close()
@@ -157,6 +164,7 @@ def test_dialled_before_anybody_listens(place: Place) -> None:
     place.until(lambda: server.frames == [b"found"])
 
 
+@sockets
 def test_a_lost_connection_is_told_and_made_again(place: Place) -> None:
     client, server, address = place.linked()
     client.carrier.send(1, b"first")
@@ -172,6 +180,7 @@ def test_a_lost_connection_is_told_and_made_again(place: Place) -> None:
     place.until(lambda: again.frames == [b"second"])
 
 
+@sockets
 def test_what_came_before_the_end_of_a_connection_is_not_lost(place: Place) -> None:
     client, server, _ = place.linked()
     client.carrier.send(1, b"hello")
@@ -187,6 +196,7 @@ def test_what_came_before_the_end_of_a_connection_is_not_lost(place: Place) -> N
     assert kinds.index(LinkDown) == 50
 
 
+@sockets
 def test_hanging_up_lets_the_last_frames_go_and_is_silent_then(place: Place) -> None:
     client, server, _ = place.linked()
     client.carrier.send(1, b"hello")
@@ -310,6 +320,7 @@ def test_a_socket_that_a_killed_process_left_is_no_obstacle(place: Place, tmp_pa
 # ----------------------------------------------------------------------------------------------------- the wait
 
 
+@sockets
 def test_poll_waits_as_long_as_it_is_told(place: Place) -> None:
     party = place.party()
     began = time.monotonic()
