@@ -192,7 +192,7 @@ class Reaching:
         text = f"endpoint {ids.text(reset.party)} started anew and has lost what it knew"
         self._functions.forget_sent(reset.party)
         self._lose_home(reset.party, text, now)
-        self._take(ev.PartyGone(reset.party), now)
+        self._take(ev.PartyGone(reset.party, now), now)
 
     def refused(self, refused: pe.AuthRefused, now: float) -> None:
         """A key was refused, here or there."""
@@ -258,7 +258,7 @@ class Reaching:
 
     def party_gone(self, party: bytes, now: float, worker: str = "") -> None:
         """It is not expected to come back: what it held falls, and should we meet again, it hears that we forgot."""
-        self._take(ev.PartyGone(party, worker), now)
+        self._take(ev.PartyGone(party, now, worker), now)
         self._asked.pop(party, None)
         self._refusals.pop(party, None)
         if self._neighbours.forget(party):  # whoever needs it again looks for it again

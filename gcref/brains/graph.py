@@ -11,8 +11,9 @@ What an event brings about is collected (`out`, `ready`, `notify`, …) and turn
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hmac import compare_digest
+from operator import itemgetter
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
@@ -68,7 +69,6 @@ class Graph:
         self.fn_waiters: dict[bytes, list[Task]] = {}
         self.homes: set[bytes] = set()  # other endpoints that may know pins of ours
         self.reclaims: dict[bytes, set[bytes]] = {}  # what a restarted endpoint has said so far that it pins
-        self._orphans: set[bytes] = set()
         self._unknown_object_s = unknown_object_s
         self._lease_s = lease_s
         self.graves: tuple[dict[bytes, None], dict[bytes, None]] = ({}, {})
@@ -225,7 +225,10 @@ class Graph:
         extra.subscribed = True
         self.homes.add(obj.home)
         have = obj.attempt if obj.state == DONE else None
-        self.subscribes.setdefault(obj.home, []).append([obj.id, extra.token or None, have, confirm])
+        item = [obj.id, extra.token or None, have, confirm]
+        if extra.orphaned and not extra.submitted:
+            item.append(True)
+        self.subscribes.setdefault(obj.home, []).append(item)
 
     def pin_confirmed(self, obj: Obj) -> None:
         """Results that contain a reference to `obj` may be told now."""
@@ -321,6 +324,8 @@ class Graph:
         for at in range(0, len(refs), REF_BYTES):
             new = refs[at : at + 16] not in self.objects
             inner = self.reference(refs, at, who)
+            if new:
+                self._note_promise(inner, obj)
             known = inner.extra is None or inner.extra.confirmed or inner.state >= DONE
             if inner.home == self.me or inner.extra is None or known:
                 continue
@@ -432,7 +437,10 @@ class Graph:
         """`obj` is whatever the reference is: subscribers are redirected, chains collapse, a cycle fails."""
         group = obj.group
         who = ev.Who(b"", "worker", group.owner if group is not None else b"", "client")
+        new = ref[:16] not in self.objects
         target = self.reference(ref, 0, who)
+        if new:
+            self._note_promise(target, obj)
         end = self.resolve(target)
         if end is obj:
             self.drop(target)
@@ -568,17 +576,44 @@ class Graph:
         if len(young) > TOMBSTONES_MAX:
             self.graves = ({}, young)
 
-    def orphan(self, worker: str) -> None:
-        """A worker is dead: what its tasks returned the futures of, and has not been submitted by now, hardly ever will be."""
-        orphans = {
-            id: self.now + ORPHAN_S
-            for id in self.unknown
-            if (extra := self.objects[id].extra) is not None
-            and any(alias.record is not None and alias.record[3] == worker for alias in extra.aliases or ())
-        }
-        if orphans:
-            self._orphans = (self._orphans & self.unknown.keys()) | orphans.keys()
-            self.unknown = orphans | {id: at for id, at in self.unknown.items() if id not in orphans}
+    # ------------------------------------------------------------------------------------------------ orphans
+
+    def _note_promise(self, obj: Obj, result: Obj) -> None:
+        """The result of a task here is the first to name `obj`: if it was not submitted, the task's worker is about to."""
+        if result.home != self.me or result.record is None or self.objects.get(obj.id) is not obj:
+            return
+        obj.extra = obj.extra or Extra()
+        obj.extra.promised_by = result.record[3]
+
+    def orphan(self, is_dead: Callable[[str], bool]) -> None:
+        """Workers are dead: what their results named, and has not been submitted by now, hardly ever will be."""
+        ours = []
+        for obj in self.objects.values():
+            extra = obj.extra
+            if extra is None or extra.promised_by is None or obj.state >= DONE or extra.orphaned:
+                continue
+            if not is_dead(extra.promised_by):
+                continue
+            if obj.home == self.me:
+                ours.append(obj.id)
+            elif not extra.submitted:  # its home alone knows whether somebody else did
+                extra.orphaned = True
+                self.subscribe_to(obj)
+        self.expect_little(ours)
+
+    def expect_little(self, ids: Iterable[bytes]) -> None:
+        """Whoever was to submit these is dead: those that are unknown have `ORPHAN_S` left."""
+        some = False
+        for id in ids:
+            if id not in self.unknown:
+                continue
+            obj = self.objects[id]
+            obj.extra = obj.extra or Extra()
+            if not obj.extra.orphaned:
+                obj.extra.orphaned = some = True
+                self.unknown[id] = self.now + ORPHAN_S
+        if some:
+            self.unknown = dict(sorted(self.unknown.items(), key=itemgetter(1)))
 
     def expire(self, now: float) -> None:
         """Time has passed: give up what nobody submitted, forget old releases."""
@@ -587,9 +622,9 @@ class Graph:
             if deadline > now:
                 break
             del self.unknown[id]
-            if id in self._orphans:
-                self._orphans.remove(id)
-                text = "the worker died after a task had returned this task's future, and before it was submitted"
+            extra = self.objects[id].extra
+            if extra is not None and extra.orphaned:
+                text = "the worker died after its task had returned the future of this one, and before this one was submitted"
                 # Not LOST: whoever hears of that takes it for an ObjectLostError.
                 state, failed = FAILED, failures.make("WorkerLostError", text)
             else:

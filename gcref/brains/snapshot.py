@@ -36,7 +36,7 @@ from gcref.brains.tasks import (
     Task,
 )
 
-VERSION: Final = 2
+VERSION: Final = 3
 BATCH: Final = 256
 """Objects in one row."""
 IDS_BATCH: Final = 65_536
@@ -45,9 +45,9 @@ IDS_BATCH: Final = 65_536
 _AnyObj = TypeVar("_AnyObj", bound=Obj)
 
 _ID_BYTES: Final = 16
-_FLAGS: Final = ("submitted", "subscribed", "confirmed", "at_home", "pulling")
+_FLAGS: Final = ("submitted", "subscribed", "confirmed", "at_home", "pulling", "orphaned")
 _DEFAULT: Final = [0, None, None]  # the row of DEFAULT_OPTIONS
-_PLAIN: Final = ("token", "unconfirmed", "relay", "newer", "tries")
+_PLAIN: Final = ("token", "unconfirmed", "relay", "newer", "tries", "promised_by")
 
 
 def dump(graph: Graph) -> Iterator[list[Any]]:

@@ -66,6 +66,8 @@ class Extra:
         cachers: parties that keep a copy without a pin.
         target: the object that this one is an alias of.
         aliases: objects that are aliases of this one.
+        promised_by: the worker whose result named this object before its SUBMIT had come here.
+        orphaned: that worker died first, here or at the site that subscribes: its SUBMIT hardly comes any more.
         awaited_by: objects whose outcome waits until our pin on this one is confirmed.
         unconfirmed: how many pins this object's own outcome waits for; `deferred` is that outcome.
         claims: (who, token) of those that subscribed before the object's SUBMIT came.
@@ -86,6 +88,8 @@ class Extra:
         "deferred",
         "moved",
         "newer",
+        "orphaned",
+        "promised_by",
         "pulling",
         "relay",
         "submitted",
@@ -107,6 +111,8 @@ class Extra:
         self.cachers: set[bytes] | None = None
         self.target: Obj | None = None
         self.aliases: list[Obj] | None = None
+        self.promised_by: str | None = None
+        self.orphaned = False
         self.awaited_by: list[Obj] | None = None
         self.unconfirmed = 0
         self.deferred: Any = None

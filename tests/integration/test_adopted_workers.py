@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
+from endpoint_worker.worker.page import Page
+from endpoint_worker.worker.remains import results_of
 from gcref import Executor
 from gcref.errors import WalltimeExceededError, WorkerLostError
+from gcref.wire.messages import ALIAS
 from tests.support.deaths import note, runs, wait_forever
 from tests.support.endpoints import host_folder, worker_pids
 from tests.support.named import NamedEndpoint, running
@@ -43,6 +48,13 @@ def ask_another(path: str, inner_path: str, gate: Gate) -> int:
         return executor.submit(inner, inner_path, gate).result() + 1
 
 
+def hand_over(path: str, gate: Gate, site: str) -> Any:
+    """A tail call: the task's value is that of another one, at that site."""
+    note(path)
+    hold(gate)
+    return Executor(site).submit(abs, -42)
+
+
 def make_large(path: str, gate: Gate) -> np.ndarray:
     note(path)
     hold(gate)
@@ -67,6 +79,26 @@ def test_f2_a_task_that_has_lent_its_slot(polaris: NamedEndpoint, tmp_path: Path
         gate.open()
         assert f.result(WAIT_S) == 42
     assert (len(runs(outer_runs)), len(runs(inner_runs))) == (1, 1)
+
+
+@pytest.mark.parametrize("site", ["polaris", "midway"])
+def test_f2_a_tail_call_whose_worker_dies_before_an_agent_has_heard_of_it(
+    polaris: NamedEndpoint, tmp_path: Path, site: str
+) -> None:
+    """Nobody will ever submit the inner task, and whoever waits for it hears so soon: at its own site, and at another."""
+    gate = Gate.at(tmp_path)
+    path = tmp_path / "runs"
+    other = running("midway", **SETTINGS) if site == "midway" else contextlib.nullcontext()
+    with other, Executor("polaris") as executor:
+        f = executor.submit(hand_over, str(path), gate, site)
+        (pid,) = wait_until(lambda: runs(path), what="the task to run")
+        polaris.kill()
+        gate.open()
+        wait_until(lambda: ALIAS in statuses_noted("polaris"), what="the worker to note the result")
+        os.kill(pid, signal.SIGKILL)
+        polaris.start()
+        assert isinstance(f.exception(WAIT_S), WorkerLostError)
+        assert executor.submit(max, 1, 2).result(WAIT_S) == 2
 
 
 def test_f2_a_large_result_made_while_nobody_listens(polaris: NamedEndpoint, tmp_path: Path) -> None:
@@ -141,6 +173,12 @@ def test_l4_workers_that_nobody_adopts_end_in_time(home: Path, tmp_path: Path) -
             wait_until(lambda: len(list(folder.glob("*.page"))) == 1, what="the dead's page to go")
     finally:
         endpoint.remove()
+
+
+def statuses_noted(endpoint: str) -> list[int]:
+    """The statuses of the results that workers have noted, and no agent has taken yet."""
+    pages = (host_folder(endpoint) / "workers").glob("*.page")
+    return [row[3] for page in pages for row in results_of(Page(str(page)))]
 
 
 def is_alive(pid: int) -> bool:

@@ -150,9 +150,9 @@ def a_life(life: Life) -> Iterator[str]:
     life.finish([1, TASKS[5], 1, m.STORED, ["/dev/shm/x", 1_000_000], 1.0, 0.5, None, ["out", "err"]])
     yield "and a large result"
     life.take(ev.HomeLost(MIDWAY, failures.make("EndpointLostError", "gone")))
-    life.take(ev.PartyGone(MIDWAY))
+    life.take(ev.PartyGone(MIDWAY, 2.0))
     yield "the other site is lost"
-    life.take(ev.PartyGone(CAROL))
+    life.take(ev.PartyGone(CAROL, 2.0))
     life.memory.forget(CAROL)
     life.peers.handle(Forget(CAROL))
     yield "the client is gone for good"
@@ -244,7 +244,7 @@ def test_an_agent_that_does_not_come_back_writes_nothing(tmp_path: Path, lives: 
     life = lives(tmp_path / "journal")
     memory = Memory(None, life.resolver, life.peers, life.functions, "polaris")
     memory.note_packet(CLIENT, "ipc", b"", 0.0)
-    memory.note(ev.PartyGone(CAROL))
+    memory.note(ev.PartyGone(CAROL, 2.0))
     memory.compact()
     assert memory.commit()
     assert (memory.returns, memory.size_bytes, memory.troubles) == (False, 0, [])

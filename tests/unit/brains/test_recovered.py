@@ -72,7 +72,7 @@ class Life:
             self.r.replay(event)
             self.r.validate()
         told = self.r.handle(
-            ev.Recovered(running or {}, self.r.wanted_bytes() if stored is None else stored, 2.0)
+            ev.Recovered(running or {}, self.r.wanted_bytes() if stored is None else stored, ["w"], 2.0)
         )
         self.r.validate()
         return told
@@ -523,7 +523,7 @@ def release(world: LastingWorld, dice: random.Random, ids: list[bytes], *, death
                 dice.choice(list(world.sites.values())).die()
     for site in world.sites.values():
         world.post(CLIENT, site.id, [m.UNSUBSCRIBE, b"".join(ids)])  # what aliases were followed to
-        site.handle(ev.PartyGone(WORKER.party))
+        site.handle(ev.PartyGone(WORKER.party, world.now))
     for _ in range(20):
         world.step()
         if dice.random() < deaths:

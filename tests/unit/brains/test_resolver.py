@@ -220,7 +220,7 @@ def test_a_relayed_task_goes_on_when_nobody_waits_for_it_any_more() -> None:
     worker = ev.Who(b"w" * 16, "worker", OWNER, "client")
     large = [object_id(2), -1, None, None, None, [b"u" * 16, 1 << 20]]
     submit(r, task(1), large, who=worker, home=THERE)
-    assert r.handle(ev.PartyGone(worker.party)) == []
+    assert r.handle(ev.PartyGone(worker.party, 2.0)) == []
     told = r.handle(ev.Pulled([(b"u" * 16, 1, {"ipc": 1 << 20}, None)]))
     assert [type(i) for i in told] == [ev.Relay]
     told = r.handle(ev.Outcomes(THERE, [[object_id(n), m.OK, b"v", 1, None] for n in (1, 2)], "direct"))
@@ -270,7 +270,7 @@ def test_a_vanished_party_holds_nothing() -> None:
     r = resolver()
     submit(r, task(1))
     finish(r, 1)
-    r.handle(ev.PartyGone(CLIENT))
+    r.handle(ev.PartyGone(CLIENT, 2.0))
     assert not r.objects
 
 
@@ -281,7 +281,7 @@ def test_a_later_process_of_the_owner_takes_up_a_group() -> None:
     later = ev.Who(b"d" * 16, "user", OWNER, "client")
     told = r.handle(ev.Attached(later, GROUP))
     assert told == [ev.Tasks(later.party, GROUP, SECRET, [[object_id(1), "done"], [object_id(2), "ready"]])]
-    r.handle(ev.PartyGone(CLIENT))
+    r.handle(ev.PartyGone(CLIENT, 2.0))
     wanted = [[object_id(number), None, None, False] for number in (1, 2)]
     told = r.handle(ev.Subscribed(later, HERE, wanted, 2.0))
     assert items(told)[object_id(1)][2] == b"v"
