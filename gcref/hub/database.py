@@ -14,7 +14,10 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeVar
@@ -30,6 +33,7 @@ T = TypeVar("T")
 HEAD: Final = "0001"
 # How long a write waits for its turn before the caller is told to come again.
 BUSY_MS: Final = 8_000
+_WAL_RETRY_S: Final = 0.01
 # Any number, as long as all hubs agree on it: who migrates PostgreSQL holds this lock.
 _MIGRATION_LOCK: Final = 0x67637265
 
@@ -262,11 +266,24 @@ def _on_connect(connection: Any, _record: Any) -> None:
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
-    cursor.execute("PRAGMA journal_mode = WAL")
+    _use_wal(cursor)
     # What has been acknowledged survives a loss of power too: nobody here counts microseconds.
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()
+
+
+def _use_wal(cursor: sqlite3.Cursor) -> None:
+    """Only the first connection ever changes the file. Of several at once SQLite refuses all but one, without waiting."""
+    until = time.monotonic() + BUSY_MS / 1000
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(_WAL_RETRY_S)
 
 
 def _on_begin(connection: sa.Connection) -> None:
@@ -277,7 +294,9 @@ def _on_begin(connection: sa.Connection) -> None:
 def _make_private(path: Path) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        # Never opened when it is there: closing it would take SQLite's locks in this process away.
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except OSError as error:
         raise ConfigError(
             f"the database {path} cannot be made: {error.strerror}",

@@ -15,6 +15,7 @@ from alembic.script import ScriptDirectory
 from gcref.errors import ConfigError, HubUnavailableError
 from gcref.hub import database as rooms
 from gcref.hub.database import HEAD, Base, Database, User
+from tests.support.waiting import patience
 
 
 def test_the_migrations_make_what_the_classes_say(database: Database) -> None:
@@ -80,8 +81,14 @@ def test_writes_that_look_before_they_write_do_not_overtake_each_other(database:
 
 def test_two_processes_that_make_the_tables_at_once_make_them_once(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'hub.db'}"
-    with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: Database(url), range(4)))
+    at_once = threading.Barrier(6)
+
+    def make(_: int) -> Database:
+        at_once.wait(patience(10))
+        return Database(url)
+
+    with ThreadPoolExecutor(6) as pool:
+        made = list(pool.map(make, range(6)))
     for one in made:
         one.close()
 
@@ -117,8 +124,10 @@ def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "hub.db").write_text("no database" * 1000)
     with pytest.raises(ConfigError, match="cannot be opened"):
         Database(f"sqlite:///{tmp_path / 'hub.db'}")
-    with pytest.raises(ConfigError, match="cannot be made"):
+    with pytest.raises(ConfigError, match="cannot be opened"):
         Database(f"sqlite:///{tmp_path}")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        Database(f"sqlite:///{tmp_path / 'hub.db' / 'hub.db'}")
     with pytest.raises(ConfigError, match="cannot be opened") as caught:
         Database("postgresql+psycopg://me:geheim@127.0.0.1:1/hub")
     assert "geheim" not in str(caught.value)
