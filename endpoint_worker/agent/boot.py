@@ -50,8 +50,9 @@ from gcref.brains.peers_events import ENDPOINT, USER, Hello, Identity
 from gcref.brains.resolver import Resolver
 from gcref.carriers import keys
 from gcref.carriers.base import Carrier
-from gcref.carriers.bulk import BulkIdentity, BulkThread
-from gcref.carriers.carriers import Carriers
+from gcref.carriers.bulk.link import BulkIdentity
+from gcref.carriers.bulk.thread import BulkThread
+from gcref.carriers.combined import Carriers
 from gcref.carriers.zeromq import ZeroMQCarrier
 from gcref.directory import records
 from gcref.directory.hub import HubClient
@@ -238,7 +239,7 @@ class Agent:
             return None, None
         mailbox: OurMailbox | None = None
         if "broker" in ways:
-            from gcref.carriers.amqp import AmqpMailbox  # here: who has no hub does without the library
+            from gcref.carriers.mail.amqp import AmqpMailbox  # here: who has no hub does without the library
 
             mailbox = AmqpMailbox(order.id, pair)
         hub = HubLink(

@@ -50,8 +50,9 @@ from gcref.brains.dispatch import Dispatch
 from gcref.brains.peers import Peers
 from gcref.brains.resolver import Resolver
 from gcref.brains.tasks import Obj, Task
-from gcref.carriers import bulk as bk
 from gcref.carriers.base import Carrier, FdReady
+from gcref.carriers.bulk.ports import Pulled, PullFailed
+from gcref.carriers.bulk.thread import BulkThread
 from gcref.errors import LostError, ProtocolError
 from gcref.objects import blob
 from gcref.objects import failure as failures
@@ -100,7 +101,7 @@ class Control:
         dispatch: Dispatch,
         pool: Pool,
         store: Store,
-        bulk: bk.BulkThread,
+        bulk: BulkThread,
         neighbours: Neighbours,
         allowed: KeyRing,
         functions: Functions,
@@ -501,7 +502,7 @@ class Control:
     def _bulk_done(self, now: float) -> None:
         pulled: list[tuple[bytes, int, dict[str, int], bytes | None]] = []
         for done in self._bulk.take():
-            if isinstance(done, bk.Pulled):
+            if isinstance(done, Pulled):
                 obj = self._resolver.objects.get(done.id)
                 refs = self._refs_in(done.id) if obj is not None and obj.home == self.me else None
                 pulled.append((done.id, done.attempt, done.carriers, refs))
@@ -512,7 +513,7 @@ class Control:
             self._take(ev.Pulled(pulled), now)
             self._room.arrived([item[0] for item in pulled])
 
-    def _pull_failed(self, done: bk.PullFailed, now: float) -> None:
+    def _pull_failed(self, done: PullFailed, now: float) -> None:
         self._room.ended(done.id)
         failure = pull_failure(done)
         obj = self._resolver.objects.get(done.id)

@@ -25,7 +25,7 @@ from typing import Any, Final, Protocol
 from endpoint_worker.agent.neighbours import KeyRing
 from endpoint_worker.agent.published import Published
 from gcref import ids
-from gcref.carriers.post import Mailbox, MailboxAccess
+from gcref.carriers.mail.post import Mailbox, MailboxAccess
 from gcref.directory import pins
 from gcref.directory.hub import HubClient, Registered, Registration
 from gcref.directory.hub_thread import HubThread

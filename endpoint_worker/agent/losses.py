@@ -9,7 +9,7 @@ from endpoint_worker.store import Store
 from endpoint_worker.worker.zygote import Exited
 from gcref.brains.resolver import Resolver
 from gcref.brains.tasks import DISPATCHED, Obj, Task
-from gcref.carriers import bulk as bk
+from gcref.carriers.bulk.ports import PullFailed
 from gcref.errors import LostReason, StoreFullError
 from gcref.objects import failure as failures
 from gcref.wire import messages as m
@@ -29,7 +29,7 @@ def worker_lost(exited: Exited, when: str = "while it ran this task") -> list[An
     )
 
 
-def pull_failure(done: bk.PullFailed) -> list[Any]:
+def pull_failure(done: PullFailed) -> list[Any]:
     """What the tasks are told that needed these bytes."""
     if done.reason == "refused":
         return failures.make("AuthError", f"the bytes of an argument were refused: {done.message}")

@@ -12,7 +12,7 @@ from typing import Any
 from endpoint_worker.store import Reading, Store, Writable
 from gcref.brains.resolver import Resolver
 from gcref.brains.resolver_events import Who
-from gcref.carriers.bulk import Requester
+from gcref.carriers.bulk.link import Requester
 from gcref.errors import AuthError
 
 

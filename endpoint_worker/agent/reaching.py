@@ -28,7 +28,7 @@ from gcref.brains import peers_events as pe
 from gcref.brains import resolver_events as ev
 from gcref.brains.link import STATE_NAMES, WAITING
 from gcref.brains.peers import Peers
-from gcref.carriers.bulk import BulkThread
+from gcref.carriers.bulk.thread import BulkThread
 from gcref.directory.records import EndpointRecord
 from gcref.errors import GcrefError, LostReason
 from gcref.objects import failure as failures

@@ -21,7 +21,7 @@ from gcref.brains import resolver_events as ev
 from gcref.brains.dispatch import Dispatch
 from gcref.brains.resolver import Resolver
 from gcref.brains.tasks import DISPATCHED, READY, Task
-from gcref.carriers import bulk as bk
+from gcref.carriers.bulk.ports import PullFailed
 from gcref.errors import StoreFullError
 from gcref.objects import failure as failures
 
@@ -97,7 +97,7 @@ class Room:
             self._pulls.pop(id, None)
             self._tell(ad.Arrived(id))
 
-    def refused(self, done: bk.PullFailed, now: float) -> bool:
+    def refused(self, done: PullFailed, now: float) -> bool:
         """A pull has failed: whether it was for want of room, and will be tried again."""
         cause = done.cause
         if not isinstance(cause, StoreFullError) or _never_fits(cause) or done.id not in self._pulls:

@@ -22,7 +22,7 @@ from gcref.brains.dispatch import Dispatch
 from gcref.brains.peers import Peers
 from gcref.brains.resolver import Resolver
 from gcref.brains.tasks import DISPATCHED, READY, Obj, Task
-from gcref.carriers import bulk as bk
+from gcref.carriers.bulk.thread import BulkThread
 from gcref.objects.function_names import name_of
 
 PARTIES_MAX: Final = 50
@@ -51,7 +51,7 @@ class Teller:
         peers: Peers,
         pool: Pool,
         store: Store,
-        bulk: bk.BulkThread,
+        bulk: BulkThread,
         functions: Functions,
         presence: Presence,
         now: float,

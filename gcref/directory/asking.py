@@ -19,7 +19,7 @@ from gcref.brains import peers_events as pe
 from gcref.brains.peers import Peers
 from gcref.carriers import keys
 from gcref.carriers.base import Carrier, FdReady
-from gcref.carriers.carriers import Carriers
+from gcref.carriers.combined import Carriers
 from gcref.carriers.zeromq import ZeroMQCarrier
 from gcref.directory.records import EndpointRecord
 from gcref.directory.visit import Visit, hub_of_user

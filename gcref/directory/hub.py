@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from gcref import ids
-from gcref.carriers.post import MailboxAccess
+from gcref.carriers.mail.post import MailboxAccess
 from gcref.directory.records import EndpointRecord
 
 if TYPE_CHECKING:

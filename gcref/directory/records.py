@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gcref import config, ids
-from gcref.carriers import post
+from gcref.carriers.mail import post
 from gcref.errors import ConfigError, NotFoundError
 
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

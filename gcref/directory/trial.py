@@ -21,12 +21,14 @@ from typing import Any, Final, NamedTuple
 
 from gcref import ids
 from gcref.brains import peers_events as pe
-from gcref.carriers import post
 from gcref.carriers.base import Carrier
-from gcref.carriers.bulk import BulkIdentity, BulkThread, Pulled
-from gcref.carriers.carriers import Carriers
+from gcref.carriers.bulk.link import BulkIdentity
+from gcref.carriers.bulk.ports import Pulled
+from gcref.carriers.bulk.thread import BulkThread
+from gcref.carriers.combined import Carriers
 from gcref.carriers.keys import KeyPair
-from gcref.carriers.post import Mailbox
+from gcref.carriers.mail import post
+from gcref.carriers.mail.post import Mailbox
 from gcref.carriers.zeromq import ZeroMQCarrier
 from gcref.directory import asking
 from gcref.directory.records import EndpointRecord

@@ -18,7 +18,7 @@ from gcref.errors import ConfigError, GcrefError, HubUnavailableError
 
 if TYPE_CHECKING:
     from gcref.carriers.keys import KeyPair
-    from gcref.carriers.post import Mailbox
+    from gcref.carriers.mail.post import Mailbox
     from gcref.directory.hub import HubClient
 
 WITHDRAW_S: Final = 2.0
@@ -101,7 +101,7 @@ class Visit:
 
     def _register(self, hub: HubClient) -> Postbox:
         # Here and not above: who has no hub needs no AMQP.
-        from gcref.carriers.amqp import AmqpMailbox
+        from gcref.carriers.mail.amqp import AmqpMailbox
         from gcref.directory.hub import Registration
 
         party = ids.new_id()

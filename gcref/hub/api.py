@@ -27,7 +27,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 
 from gcref import ids
-from gcref.carriers.post import MailboxAccess
+from gcref.carriers.mail.post import MailboxAccess
 from gcref.directory.records import MAX_RECORD_BYTES, NAME_PATTERN, EndpointRecord
 from gcref.errors import AuthError, RejectedError
 from gcref.hub import parties, sharing, shelf, users

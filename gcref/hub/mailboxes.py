@@ -19,7 +19,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
-from gcref.carriers.post import MailboxAccess
+from gcref.carriers.mail.post import MailboxAccess
 from gcref.directory.hub import NO_BROKER
 from gcref.errors import HubUnavailableError
 from gcref.hub import parties

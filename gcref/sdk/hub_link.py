@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, Final
 from gcref.errors import ConfigError, GcrefError, HubUnavailableError, NotFoundError
 
 if TYPE_CHECKING:
-    from gcref.carriers.amqp import AmqpMailbox
     from gcref.carriers.keys import KeyPair
-    from gcref.carriers.post import Mailbox
+    from gcref.carriers.mail.amqp import AmqpMailbox
+    from gcref.carriers.mail.post import Mailbox
     from gcref.directory.hub import HubClient, Registered
     from gcref.directory.hub_thread import HubThread
     from gcref.directory.records import EndpointRecord
@@ -173,7 +173,7 @@ class HubLink:
     def mailbox(self) -> Mailbox:
         """Our mailbox; the hub is asked to make it."""
         if self._mailbox is None:
-            from gcref.carriers.amqp import AmqpMailbox
+            from gcref.carriers.mail.amqp import AmqpMailbox
 
             self._mailbox = AmqpMailbox(self._me, self._keys)
             self._known = False

@@ -23,9 +23,9 @@ from gcref.sdk.transfers import Arrivals, Pull, Upload, Uploads
 from gcref.wire import messages as m
 
 if TYPE_CHECKING:
-    from gcref.carriers.bulk import BulkThread
+    from gcref.carriers.bulk.thread import BulkThread
     from gcref.carriers.keys import KeyPair
-    from gcref.carriers.post import Mailbox
+    from gcref.carriers.mail.post import Mailbox
     from gcref.sdk.loop import Loop
     from gcref.sdk.whereabouts import Ways
 
@@ -196,7 +196,8 @@ class LargeValues:
             self._pull(bulk, wanted)
 
     def _start_bulk(self) -> BulkThread:
-        from gcref.carriers.bulk import BulkIdentity, BulkThread
+        from gcref.carriers.bulk.link import BulkIdentity
+        from gcref.carriers.bulk.thread import BulkThread
 
         identity = BulkIdentity(self._loop.me, "client", self._keys)
         hub = self._loop.hub

@@ -505,7 +505,7 @@ class Loop:
         carrier = self._carrier
         assert carrier is not None
         if dial.carrier == BROKER and not self._has_mailbox:
-            from gcref.carriers.carriers import Carriers
+            from gcref.carriers.combined import Carriers
 
             assert self.hub is not None
             carrier = self._carrier = Carriers(carrier, self.hub.mailbox())

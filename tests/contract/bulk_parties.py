@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from gcref.carriers import keys
-from gcref.carriers.bulk import BulkIdentity, BulkThread, Completion, Pulled, PullFailed, Requester
+from gcref.carriers.bulk.link import BulkIdentity, Requester
+from gcref.carriers.bulk.ports import Completion, Pulled, PullFailed
+from gcref.carriers.bulk.thread import BulkThread
 from gcref.carriers.keys import KeyPair
-from gcref.carriers.memory_post import MemoryMailbox, Post
-from gcref.carriers.post import Mailbox, address_of
+from gcref.carriers.mail.memory import MemoryMailbox, Post
+from gcref.carriers.mail.post import Mailbox, address_of
 from gcref.errors import AuthError
 from tests.support.waiting import patience, wait_until
 

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from gcref import ids
 from gcref.carriers import keys
-from gcref.carriers.amqp import AmqpMailbox
 from gcref.carriers.keys import KeyPair
-from gcref.carriers.memory_post import MemoryMailbox, Post
-from gcref.carriers.post import (
+from gcref.carriers.mail.amqp import AmqpMailbox
+from gcref.carriers.mail.memory import MemoryMailbox, Post
+from gcref.carriers.mail.post import (
     BULK,
     CONTROL,
     Buffer,

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 from gcref import ids
 from gcref.brains.peers_events import Link, LinkDown, LinkUp, PacketIn, Refused
 from gcref.carriers import keys
-from gcref.carriers.amqp import AmqpMailbox
 from gcref.carriers.base import Carrier, CarrierEvent
-from gcref.carriers.carriers import Carriers
+from gcref.carriers.combined import Carriers
 from gcref.carriers.keys import KeyPair
+from gcref.carriers.mail.amqp import AmqpMailbox
+from gcref.carriers.mail.memory import MemoryMailbox, Post
+from gcref.carriers.mail.post import address_of
 from gcref.carriers.memory import MemoryCarrier, MemoryNetwork
-from gcref.carriers.memory_post import MemoryMailbox, Post
-from gcref.carriers.post import address_of
 from gcref.carriers.zeromq import ZeroMQCarrier
 from tests.support.rabbit import Rabbit
 from tests.support.waiting import patience

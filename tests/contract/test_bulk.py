@@ -19,20 +19,15 @@ import zmq
 
 from gcref.brains.transfer_events import PullReason
 from gcref.brains.transfer_windows import RANGE_BYTES
-from gcref.carriers import bulk_links, bulk_serving, keys
-from gcref.carriers.bulk import (
-    MODE_BYTES,
-    MODE_INTO,
-    MODE_PATH,
-    BulkIdentity,
-    BulkThread,
-    Pulled,
-    Requester,
-)
-from gcref.carriers.bulk_link import write_header
-from gcref.carriers.memory_post import Post
+from gcref.carriers import keys
+from gcref.carriers.bulk import links as bulk_links
+from gcref.carriers.bulk import serving as bulk_serving
+from gcref.carriers.bulk.link import BulkIdentity, Requester, write_header
+from gcref.carriers.bulk.ports import Pulled
+from gcref.carriers.bulk.thread import BulkThread
+from gcref.carriers.mail.memory import Post
 from gcref.errors import AuthError, ConfigError
-from gcref.wire.messages import BULK_HELLO, CHUNK, ECHO_ID, FETCH, SUBMIT
+from gcref.wire.messages import BULK_HELLO, CHUNK, ECHO_ID, FETCH, MODE_BYTES, MODE_INTO, MODE_PATH, SUBMIT
 from tests.contract.bulk_parties import MB, TOKEN, Party, Place, X, Y, blob, some_parties
 from tests.support.proxy import Proxy
 from tests.support.waiting import patience, wait_until
@@ -744,7 +739,8 @@ def test_the_echo_is_for_everybody_who_may_come_in(
 SOURCE = """
 import json, os, socket, sys, threading
 from gcref.carriers import keys
-from gcref.carriers.bulk import BulkIdentity, BulkThread
+from gcref.carriers.bulk.link import BulkIdentity
+from gcref.carriers.bulk.thread import BulkThread
 
 size, client_key, address = int(sys.argv[1]), sys.argv[2].encode(), sys.argv[3]
 data = memoryview(bytearray(os.urandom(1 << 20) * (size >> 20)))

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gcref.brains.transfer_windows import RANGE_BYTES
-from gcref.carriers.amqp import AmqpMailbox
 from gcref.carriers.keys import KeyPair
-from gcref.carriers.memory_post import Post
-from gcref.carriers.post import Mailbox, address_of
+from gcref.carriers.mail.amqp import AmqpMailbox
+from gcref.carriers.mail.memory import Post
+from gcref.carriers.mail.post import Mailbox, address_of
 from gcref.wire.messages import ECHO_ID
 from tests.contract.bulk_parties import MB, Party, X, blob, some_parties
 

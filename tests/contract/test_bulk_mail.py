@@ -12,13 +12,16 @@ import pytest
 from gcref.brains import transfer_windows
 from gcref.brains.transfer_events import PullReason
 from gcref.brains.transfer_windows import MAIL_WINDOW_BYTES, RANGE_BYTES
-from gcref.carriers import bulk_mail, keys, memory_post
-from gcref.carriers.bulk import BulkIdentity, BulkThread, Pulled, PullFailed
-from gcref.carriers.bulk_link import write_header
-from gcref.carriers.bulk_mail import MailLink
-from gcref.carriers.memory_post import MemoryMailbox, Post
-from gcref.carriers.post import BULK, address_of
-from gcref.carriers.seal import Sealer
+from gcref.carriers import keys
+from gcref.carriers.bulk import mail as bulk_mail
+from gcref.carriers.bulk.link import BulkIdentity, write_header
+from gcref.carriers.bulk.mail import MailLink
+from gcref.carriers.bulk.ports import Pulled, PullFailed
+from gcref.carriers.bulk.thread import BulkThread
+from gcref.carriers.mail import memory as memory_post
+from gcref.carriers.mail.memory import MemoryMailbox, Post
+from gcref.carriers.mail.post import BULK, address_of
+from gcref.carriers.mail.seal import Sealer
 from gcref.wire.messages import BULK_HELLO, CHUNK, ECHO_ID, FETCH, MODE_PATH, SUBMIT
 from tests.contract.bulk_parties import MB, Party, Place, X, Y, blob, some_parties
 from tests.support.proxy import Proxy

@@ -12,12 +12,12 @@ import pytest
 from gcref import ids
 from gcref.brains import peers as pe
 from gcref.brains.peers_events import LinkDown, PacketIn
-from gcref.carriers import carriers as combined
-from gcref.carriers.amqp import AmqpMailbox
-from gcref.carriers.carriers import Carriers
+from gcref.carriers import combined
+from gcref.carriers.combined import Carriers
 from gcref.carriers.keys import KeyPair
-from gcref.carriers.memory_post import MemoryMailbox, Post
-from gcref.carriers.post import NO_MAILBOX, address_of
+from gcref.carriers.mail.amqp import AmqpMailbox
+from gcref.carriers.mail.memory import MemoryMailbox, Post
+from gcref.carriers.mail.post import NO_MAILBOX, address_of
 from gcref.carriers.zeromq import ZeroMQCarrier
 from gcref.wire.codec import DATA, HELLO, pack_packet
 from tests.contract.places import CLIENT, OTHER, SERVER, Party, Place

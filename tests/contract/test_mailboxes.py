@@ -9,8 +9,10 @@ from collections.abc import Iterator
 import pytest
 
 from gcref import ids
-from gcref.carriers import amqp_connection, keys, mail_outbox
-from gcref.carriers.post import (
+from gcref.carriers import keys
+from gcref.carriers.mail import connection as amqp_connection
+from gcref.carriers.mail import outbox as mail_outbox
+from gcref.carriers.mail.post import (
     BULK,
     CONTROL,
     FULL,
@@ -23,7 +25,7 @@ from gcref.carriers.post import (
     address_of,
     party_of,
 )
-from gcref.carriers.seal import ENVELOPE_MAX_BYTES, PART_MAX_BYTES, Sealer
+from gcref.carriers.mail.seal import ENVELOPE_MAX_BYTES, PART_MAX_BYTES, Sealer
 from gcref.wire.codec import MAX_FRAME_BYTES
 from tests.contract.mail_places import MailPlace, Party
 
@@ -220,7 +222,7 @@ def test_the_state_is_told_to_each_lane_that_attaches(place: MailPlace) -> None:
 
 
 def test_without_a_mailbox_there_is_no_thread() -> None:
-    from gcref.carriers.amqp import AmqpMailbox
+    from gcref.carriers.mail.amqp import AmqpMailbox
 
     before = threading.active_count()
     mailbox = AmqpMailbox(ids.new_id(), keys.generate())
@@ -245,7 +247,7 @@ def test_a_party_without_a_mailbox_is_told(place: MailPlace) -> None:
 def test_a_mailbox_that_is_deleted_is_told_and_tried_again(
     place: MailPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gcref.carriers.amqp.REFUSED_RETRY_S", 0.2)
+    monkeypatch.setattr("gcref.carriers.mail.amqp.REFUSED_RETRY_S", 0.2)
     a, b = place.party(), place.party()
     place.remove_mailbox(b.id)
     place.until(lambda: not b.is_up, "the news")
@@ -305,7 +307,7 @@ def test_a_broker_that_stands_still_for_long_is_given_up(
     place: MailPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F7: it takes a heartbeat and five seconds."""
-    monkeypatch.setattr("gcref.carriers.amqp.HEARTBEAT_S", 1)
+    monkeypatch.setattr("gcref.carriers.mail.amqp.HEARTBEAT_S", 1)
     a = place.party()
     place.pause()
     try:
@@ -454,7 +456,7 @@ def test_credentials_open_the_own_mailbox_alone(place: MailPlace) -> None:
 
 @over_rabbit
 def test_revoked_credentials_end_the_connection(place: MailPlace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gcref.carriers.amqp.REFUSED_RETRY_S", 0.2)
+    monkeypatch.setattr("gcref.carriers.mail.amqp.REFUSED_RETRY_S", 0.2)
     assert place.rabbit is not None
     a = place.party()
     place.rabbit.revoke(a.id)
@@ -480,7 +482,7 @@ def test_a_full_mailbox_is_told_once_and_its_mail_waits(
     place.leave(b)
     if place.rabbit is None:
         place.post.fill(b.id)
-        monkeypatch.setattr("gcref.carriers.memory_post.WAITING_MAX_BYTES", 4 * MB)
+        monkeypatch.setattr("gcref.carriers.mail.memory.WAITING_MAX_BYTES", 4 * MB)
     posted = 0
     deadline = time.monotonic() + 60
     while a.send(b, b"%08d" % posted, bytes(MB // 4)) and time.monotonic() < deadline:

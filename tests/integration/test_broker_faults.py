@@ -17,8 +17,8 @@ from pika.exceptions import ChannelClosedByBroker, ProbableAuthenticationError
 
 from gcref import Client, Executor, LocalEndpoint, errors, ids
 from gcref.carriers import keys
-from gcref.carriers.post import CONTROL, queue_of
-from gcref.carriers.seal import Sealer
+from gcref.carriers.mail.post import CONTROL, queue_of
+from gcref.carriers.mail.seal import Sealer
 from gcref.config import home
 from gcref.directory import records
 from gcref.directory.hub import HubClient, Registration

@@ -12,7 +12,7 @@ import pika
 import pytest
 
 from gcref import ids
-from gcref.carriers.post import MailboxAccess, queue_of
+from gcref.carriers.mail.post import MailboxAccess, queue_of
 from gcref.config import LEASE_S
 from gcref.directory.hub import HubClient, Registered, Registration
 from gcref.directory.records import EndpointRecord

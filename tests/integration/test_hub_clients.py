@@ -20,7 +20,7 @@ import pytest
 
 from gcref import Client, ComputeFuture, Executor, LocalEndpoint, ids
 from gcref.carriers import keys
-from gcref.carriers.post import queue_of
+from gcref.carriers.mail.post import queue_of
 from gcref.directory import pins, records
 from gcref.errors import (
     AuthError,

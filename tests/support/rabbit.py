@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from gcref.carriers.post import MailboxAccess, queue_of
+from gcref.carriers.mail.post import MailboxAccess, queue_of
 from tests.support.leaks import lasts
 from tests.support.waiting import wait_until
 

@@ -11,7 +11,7 @@ import pytest
 from endpoint_worker.agent.neighbours import KeyRing, Neighbours
 from endpoint_worker.agent.published import Published
 from gcref.carriers import keys
-from gcref.carriers.post import address_of
+from gcref.carriers.mail.post import address_of
 from gcref.directory import records
 from gcref.directory.records import EndpointRecord
 

@@ -22,8 +22,9 @@ from gcref.brains import resolver_events as ev
 from gcref.brains.peers import Peers
 from gcref.brains.resolver import Resolver
 from gcref.carriers import keys
-from gcref.carriers.bulk import BulkIdentity, BulkThread
-from gcref.carriers.post import address_of
+from gcref.carriers.bulk.link import BulkIdentity
+from gcref.carriers.bulk.thread import BulkThread
+from gcref.carriers.mail.post import address_of
 from gcref.directory.records import EndpointRecord
 from gcref.errors import GcrefError, HubUnavailableError, NotFoundError
 from gcref.wire import messages as m

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gcref import ids
-from gcref.carriers import keys, seal
-from gcref.carriers.post import BULK, CONTROL
-from gcref.carriers.seal import (
+from gcref.carriers import keys
+from gcref.carriers.mail import seal
+from gcref.carriers.mail.post import BULK, CONTROL
+from gcref.carriers.mail.seal import (
     ENVELOPE_MAX_BYTES,
     HEADER_BYTES,
     OVERHEAD_BYTES,

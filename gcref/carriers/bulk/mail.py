@@ -25,7 +25,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from gcref import ids
-from gcref.carriers.bulk_link import (
+from gcref.carriers.bulk.link import (
     MAIL_KEEP_S,
     BulkIdentity,
     Down,
@@ -37,14 +37,14 @@ from gcref.carriers.bulk_link import (
     read_header,
     write_header,
 )
-from gcref.carriers.post import BULK, Mail, MailDown, MailUp, Returned, address_of, party_of
+from gcref.carriers.mail.post import BULK, Mail, MailDown, MailUp, Returned, address_of, party_of
 from gcref.errors import LocalProtocolError, RemoteProtocolError
 from gcref.wire.messages import ECHO_ID, FETCH, MODE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from gcref.carriers.post import Buffer, Mailbox
+    from gcref.carriers.mail.post import Buffer, Mailbox
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class MailLinks:
         mailbox: ours; None: there is none, and nobody is reached this way.
         allowed: gives role by owner key (z85) as things stand.
         number: gives a new link its number.
-        report: is told what happens, as in `bulk_links.Links`.
+        report: is told what happens, as in `links.Links`.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gcref.carriers.bulk_ports import Reading
+    from gcref.carriers.bulk.ports import Reading
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-from gcref.carriers.post import BULK, CONTROL, FULL, NO_MAILBOX, Buffer, Returned
-from gcref.carriers.seal import Sealer
+from gcref.carriers.mail.post import BULK, CONTROL, FULL, NO_MAILBOX, Buffer, Returned
+from gcref.carriers.mail.seal import Sealer
 
 WAITING_MAX_BYTES: Final = 16 * 1024 * 1024
 """What may wait for one receiver on one lane. A single frame may be larger."""

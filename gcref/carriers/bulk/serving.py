@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gcref import ids
 from gcref.brains.transfer_answers import checksum
-from gcref.carriers.bulk_link import MAIL_KEEP_S, Link, Requester, write_header
+from gcref.carriers.bulk.link import MAIL_KEEP_S, Link, Requester, write_header
 from gcref.config import MAX_MESSAGE_BYTES
 from gcref.errors import AuthError
 from gcref.wire.messages import (
@@ -40,8 +40,8 @@ from gcref.wire.messages import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gcref.carriers.bulk_outbox import Outbox
-    from gcref.carriers.bulk_ports import Provider
+    from gcref.carriers.bulk.outbox import Outbox
+    from gcref.carriers.bulk.ports import Provider
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@
                                       Provider: whose bytes            Sink: where bytes go
 
 A client and an agent have one each. Everything but `read`, `write` and the like of provider and sink is decided by
-`gcref.brains.transfer` (what to ask, of whom, when to give up) and `gcref.carriers.bulk_links` (who is connected).
+`gcref.brains.transfer` (what to ask, of whom, when to give up) and `gcref.carriers.bulk.links` (who is connected).
 
     bulk = BulkThread(BulkIdentity(party, "endpoint", keys), provider, sink, wake=loop.wake, allowed=roles)
     bulk.start()
@@ -47,24 +47,19 @@ from typing import TYPE_CHECKING, Any
 from gcref import ids
 from gcref.brains import transfer_events as ev
 from gcref.brains.transfer import RANGE_TIMEOUT_S, Transfers
-from gcref.carriers.bulk_link import BulkIdentity, Down, Link, Message, Requester, Unreached, Up, write_header
-from gcref.carriers.bulk_links import Links
-from gcref.carriers.bulk_outbox import Outbox, Waker
-from gcref.carriers.bulk_ports import Completion, Provider, Pulled, PullFailed, Reading, Sink, Writable
-from gcref.carriers.bulk_serving import Server
+from gcref.carriers.bulk.link import BulkIdentity, Down, Link, Message, Unreached, Up, write_header
+from gcref.carriers.bulk.links import Links
+from gcref.carriers.bulk.outbox import Outbox, Waker
+from gcref.carriers.bulk.ports import Completion, Provider, Pulled, PullFailed, Sink, Writable
+from gcref.carriers.bulk.serving import Server
 from gcref.config import ENDPOINT_LOST_S, HEARTBEAT_S
-from gcref.wire.messages import CHUNK, FETCH, MODE_BYTES, MODE_INTO, MODE_PATH
+from gcref.wire.messages import CHUNK, FETCH, MODE_BYTES, MODE_INTO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from gcref.brains.peers_events import Candidate
-    from gcref.carriers.post import Mailbox
-
-__all__ = [
-    "MODE_BYTES", "MODE_INTO", "MODE_PATH", "BulkIdentity", "BulkThread", "Completion", "Provider", "PullFailed",
-    "Pulled", "Reading", "Requester", "Sink", "Writable",
-]  # fmt: skip
+    from gcref.carriers.mail.post import Mailbox
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,17 @@ from typing import Any, Final, TypeAlias
 
 from gcref.brains.peers_events import Link, LinkDown, LinkUp, PacketIn
 from gcref.carriers.base import Carrier, CarrierEvent
-from gcref.carriers.post import CONTROL, FULL, SCHEME, Mail, Mailbox, MailDown, MailEvent, MailUp, party_of
+from gcref.carriers.mail.post import (
+    CONTROL,
+    FULL,
+    SCHEME,
+    Mail,
+    Mailbox,
+    MailDown,
+    MailEvent,
+    MailUp,
+    party_of,
+)
 from gcref.wire.codec import DATA
 
 KEEP_S: Final = 60.0

@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any, Final
 import pika
 from pika import exceptions as refusals
 
-from gcref.carriers.amqp_connection import Connection
-from gcref.carriers.mail_inbox import Inbox
-from gcref.carriers.mail_loop import Loop, Timer
-from gcref.carriers.mail_outbox import MailOutbox, Parcel
-from gcref.carriers.post import Buffer, MailboxAccess, MailDown, MailEvent, MailUp, queue_of
-from gcref.carriers.seal import Sealer
+from gcref.carriers.mail.connection import Connection
+from gcref.carriers.mail.inbox import Inbox
+from gcref.carriers.mail.loop import Loop, Timer
+from gcref.carriers.mail.outbox import MailOutbox, Parcel
+from gcref.carriers.mail.post import Buffer, MailboxAccess, MailDown, MailEvent, MailUp, queue_of
+from gcref.carriers.mail.seal import Sealer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,7 +78,7 @@ _FAILED_RESOLVE: Final = "cannot be found or reached"
 
 
 class AmqpMailbox:
-    """A mailbox at RabbitMQ. What it promises is said in `gcref.carriers.post.Mailbox`.
+    """A mailbox at RabbitMQ. What it promises is said in `gcref.carriers.mail.post.Mailbox`.
 
     Args:
         me: our id, 16 bytes.

@@ -9,7 +9,7 @@ can be fetched from a party that nobody can reach, and two sites need only one o
 Rules:
     - Over TCP the key in a HELLO is the key of the CURVE handshake, or the HELLO is dropped. Whom we dial must say that
       he is whom we wanted. Over ipc there is no proof beyond the folder, which only this user can enter.
-    - Those whom nobody can dial are reached through mailboxes (`bulk_mail`): links like others, without a connection.
+    - Those whom nobody can dial are reached through mailboxes (`bulk.mail`): links like others, without a connection.
     - A dialled socket queues nothing while it is not connected (IMMEDIATE), and reconnects by itself.
     - A process that is stopped, or a network that swallows everything, says no good-bye: where nothing comes for
       `MISSED_HEARTBEATS` periods, not even the answer to a PING of ZeroMQ's own, the connection is ended. Its I/O
@@ -32,7 +32,7 @@ import zmq
 
 from gcref import ids
 from gcref.brains.link import MISSED_HEARTBEATS
-from gcref.carriers.bulk_link import (
+from gcref.carriers.bulk.link import (
     HEADER_MAX_BYTES,
     BulkIdentity,
     Down,
@@ -46,8 +46,8 @@ from gcref.carriers.bulk_link import (
     read_header,
     write_header,
 )
-from gcref.carriers.bulk_mail import CARRIER as BROKER
-from gcref.carriers.bulk_mail import MailLinks
+from gcref.carriers.bulk.mail import CARRIER as BROKER
+from gcref.carriers.bulk.mail import MailLinks
 from gcref.carriers.monitor import parse_event
 from gcref.carriers.zap import Zap
 from gcref.config import HEARTBEAT_S, MAX_MESSAGE_BYTES, PROTOCOL_VERSION
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from gcref.brains.peers_events import Candidate
-    from gcref.carriers.post import Mailbox
+    from gcref.carriers.mail.post import Mailbox
 
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from gcref.brains.transfer_events import PullReason
-    from gcref.carriers.bulk_link import Requester
+    from gcref.carriers.bulk.link import Requester
 
 
 class Pulled(NamedTuple):

@@ -34,14 +34,14 @@ from nacl import bindings
 from nacl.exceptions import CryptoError
 from zmq.utils import z85
 
-from gcref.carriers.post import BULK
+from gcref.carriers.mail.post import BULK
 from gcref.wire.codec import MAX_FRAME_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gcref.carriers.keys import KeyPair
-    from gcref.carriers.post import Buffer
+    from gcref.carriers.mail.post import Buffer
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from pika import exceptions, frame
 from pika.adapters.select_connection import SelectConnection
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 
-from gcref.carriers.mail_loop import Loop
+from gcref.carriers.mail.loop import Loop
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from gcref.carriers.post import BULK, CONTROL, Mail, MailDown, MailEvent, MailUp
-from gcref.carriers.seal import Opener
+from gcref.carriers.mail.post import BULK, CONTROL, Mail, MailDown, MailEvent, MailUp
+from gcref.carriers.mail.seal import Opener
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

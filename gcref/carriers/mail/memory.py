@@ -6,7 +6,7 @@
     ada.post(bob_id, bob_keys.public, CONTROL, [b"hello"])
     post.stop(); post.start()
 
-It keeps the promises of `gcref.carriers.post.Mailbox` (the same tests run over it) until it is told to break them. Mail is
+It keeps the promises of `gcref.carriers.mail.post.Mailbox` (the same tests run over it) until it is told to break them. Mail is
 really sealed, so that it can be forged and replayed. Mailboxes of one post may live on different threads.
 """
 
@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from gcref.carriers.keys import KeyPair
-from gcref.carriers.mail_inbox import Inbox
-from gcref.carriers.mail_outbox import WAITING_MAX_BYTES
-from gcref.carriers.post import (
+from gcref.carriers.mail.inbox import Inbox
+from gcref.carriers.mail.outbox import WAITING_MAX_BYTES
+from gcref.carriers.mail.post import (
     FULL,
     NO_MAILBOX,
     Buffer,
@@ -32,7 +32,7 @@ from gcref.carriers.post import (
     Returned,
     queue_of,
 )
-from gcref.carriers.seal import Sealer
+from gcref.carriers.mail.seal import Sealer
 
 CAPTURED_MAX: Final = 100
 """Envelopes that a post remembers for those who want to replay them."""
@@ -250,7 +250,7 @@ class Post:
 
 
 class MemoryMailbox:
-    """A mailbox of a `Post`. What it promises is said in `gcref.carriers.post.Mailbox`.
+    """A mailbox of a `Post`. What it promises is said in `gcref.carriers.mail.post.Mailbox`.
 
     Args:
         post: what connects it with others.
