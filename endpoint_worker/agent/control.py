@@ -397,7 +397,9 @@ class Control:
         self._carrier.send(instruction.link, instruction.frame)
 
     def _deliver(self, delivered: pe.Deliver, now: float) -> None:
-        who = ev.Who(delivered.party, delivered.role, delivered.owner_key, delivered.kind)
+        # Nobody answers for an endpoint whose key is not known yet.
+        speaks_as = pe.CLIENT if self._reaching.is_unproven(delivered.party) else delivered.kind
+        who = ev.Who(delivered.party, delivered.role, delivered.owner_key, speaks_as)
         unix = time.time()
         carrier = delivered.carrier
         if not self._guests.only_asks(who.party, delivered.messages):

@@ -8,15 +8,18 @@ endpoints that this machine does not know, and, if the owner trusts it so far, k
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from gcref.carriers import keys
-from gcref.directory import records
+from gcref.directory import pins, records
 from gcref.directory.records import Candidate, EndpointRecord
 from gcref.errors import ConfigError
+
+log = logging.getLogger("gcref.agent")
 
 LOOK_AGAIN_S: Final = 1.0  # the shortest time between two looks at the dates of the files
 UNKNOWN_LOOK_AGAIN_S: Final = 0.01  # between two reads of them for unknown keys: strangers can ask often
@@ -43,6 +46,8 @@ class Neighbours:
         self._known: dict[bytes, tuple[EndpointRecord, Found]] = {}
         self._here: set[bytes] = set()
         self._told: dict[bytes, Found] = {}
+        self._pins: dict[bytes, pins.Pin] = {}
+        self._pins_date = 0
 
     def known(self, endpoint: bytes) -> bool:
         """Whether it was found before."""
@@ -52,10 +57,33 @@ class Neighbours:
         """Whether its record lies in our `GCREF_HOME`: it belongs to our own owner."""
         return endpoint in self._here
 
+    def is_proven(self, endpoint: bytes) -> bool:
+        """Whether its owner key is known: whoever comes in as that endpoint has shown that key."""
+        return self._key_of(endpoint) is not None
+
     def is_somebody_else(self, endpoint: bytes, key: bytes) -> bool:
-        """Whether an endpoint that was found has another owner key (z85) than this one."""
+        """Whether an endpoint is known to have another owner key (z85) than this one."""
+        return self._key_of(endpoint) not in (None, key)
+
+    def _key_of(self, endpoint: bytes) -> bytes | None:
+        """As its record says, or as it was at first contact; None: nobody has told."""
         known = self._known.get(endpoint)
-        return known is not None and known[0].public_key.encode() != key
+        if known is not None:
+            return known[0].public_key.encode()
+        if self._home is None:
+            return None
+        record = records.find(endpoint, self._home)
+        if record is not None:
+            return record.public_key.encode()
+        date = _date(pins.path_of(self._home))
+        if date != self._pins_date:
+            try:
+                self._pins = pins.read(self._home)
+            except ConfigError as error:
+                log.warning("%s", error)
+            self._pins_date = date
+        pin = self._pins.get(endpoint)
+        return pin.key if pin is not None else None
 
     def find(self, endpoint: bytes) -> bool:
         """Look for its record in `GCREF_HOME`. Returns whether there is one."""

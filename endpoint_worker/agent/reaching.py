@@ -1,6 +1,6 @@
 """Reaching other parties: finding their ways, losing them, giving them up.
 
-    message for a home ─► known? ── no ─► its record in GCREF_HOME ── none ─► the hub (meanwhile its session keeps the message)
+    message for a home ─► known? ── no ─► its record in GCREF_HOME ── none ─► the hub (meanwhile the message is kept)
                             └─ yes ─► said                  └─ dialled            └─ dialled, or HomeLost
     PeerDown ─► away ── its record is looked at now and then ──► PeerUp
                   └── too long ─► HomeLost, PartyGone
@@ -8,6 +8,8 @@
 Rules:
     - Where the hub has a part, a refusal is believed only after a while: keys of new users and endpoints reach
       the others a moment later than their addresses, and of several ways a wrong one may answer first.
+    - Nothing is said to an endpoint before its owner key is known. Whoever has come in as that endpoint with another key, while
+      nobody could tell, is put out then.
     - A refusal counts only against whom we dial ourselves. By mail anybody can claim to be anybody, and be refused.
 """
 
@@ -111,6 +113,7 @@ class Reaching:
         self._take = take
         self._obey = obey
         self._asked: dict[bytes, float | None] = {}  # of the hub: when it answered; None: not yet
+        self._held: dict[bytes, list[list[Any]]] = {}  # for endpoints whose key is not known yet
         self._refusals: dict[
             bytes, tuple[float, str]
         ] = {}  # until when they may be taken back; what was said
@@ -121,8 +124,10 @@ class Reaching:
         """Send to another endpoint; find it first, when it is new to us."""
         if not self._neighbours.known(home) and home not in self._asked:
             if self._neighbours.find(home):
-                self._dial(home, now)
+                self._reach(home, now)
             elif self._hub is not None:
+                if not self._neighbours.is_proven(home):
+                    self._held[home] = []
                 self._ask(home)
             else:
                 text = f"endpoint {ids.text(home)} is not known at {self._name}: its record is not in GCREF_HOME there"
@@ -130,12 +135,30 @@ class Reaching:
                 return
             if not self._peers.is_up(home):  # else it has found us before
                 self._presence.is_away(home, ENDPOINT, now)
-        self._out.say(home, message)
+        held = self._held.get(home)
+        if held is not None:
+            held.append(message)
+        else:
+            self._out.say(home, message)
+
+    def is_unproven(self, party: bytes) -> bool:
+        """Whether it is an endpoint that we need, and whose owner key we do not know yet."""
+        return party in self._held
 
     def dial_back(self, told: pe.DialBack, now: float) -> None:
         """Somebody whom we reach by mail says where else it could be reached."""
         if self._neighbours.has_told(told.party, told.owner_key, told.control, told.bulk):
             self._dial(told.party, now)
+
+    def _reach(self, home: bytes, now: float) -> None:
+        """Dial an endpoint that was found just now."""
+        key = self._peers.owner_of(home)
+        if key is not None and self._neighbours.is_somebody_else(home, key):
+            log.warning("somebody with the key %s has come in as endpoint %s", key.decode(), ids.text(home))
+            self._take(ev.PartyGone(home, now), now)
+            self._forget(home, now)
+            self._presence.is_away(home, ENDPOINT, now)
+        self._dial(home, now)
 
     def _dial(self, home: bytes, now: float) -> None:
         ways = self._neighbours.ways(home)
@@ -154,10 +177,13 @@ class Reaching:
         if home not in self._asked:
             return  # it was given up meanwhile
         self._asked[home] = now
+        held = self._held.pop(home, None)
         if isinstance(told, EndpointRecord):
             if self._neighbours.use(told):
-                self._dial(home, now)
-        elif not self._neighbours.known(home) and not self._peers.is_up(home):
+                self._reach(home, now)
+            for message in held or ():
+                self._out.say(home, message)
+        elif not self._neighbours.known(home) and (held is not None or not self._peers.is_up(home)):
             log.warning("endpoint %s cannot be looked up: %s", ids.text(home), told)
             text = f"endpoint {ids.text(home)} is not known at {self._name}, and the hub says: {told}"
             self._take(ev.HomeLost(home, failures.make(type(told).__name__, text)), now)
@@ -257,13 +283,18 @@ class Reaching:
                     self._ask(party)
 
     def party_gone(self, party: bytes, now: float, worker: str = "") -> None:
-        """It is not expected to come back: what it held falls, and should we meet again, it hears that we forgot."""
+        """It is not expected to come back: what it held falls."""
         self._take(ev.PartyGone(party, now, worker), now)
         self._asked.pop(party, None)
+        self._held.pop(party, None)
         self._refusals.pop(party, None)
         if self._neighbours.forget(party):  # whoever needs it again looks for it again
             self._bulk.disconnect(party)
-            self._functions.forget_sent(party)
+        self._forget(party, now)
+
+    def _forget(self, party: bytes, now: float) -> None:
+        """Should we meet again, it hears that we forgot."""
+        self._functions.forget_sent(party)
         self.owner_keys.pop(party, None)
         self._memory.forget(party)
         self._guests.forget(party)

@@ -244,6 +244,11 @@ class Peers:
         link = peer.link_up if peer is not None else None
         return link.carrier if link is not None else None
 
+    def owner_of(self, party: bytes) -> bytes | None:
+        """The owner key (z85) that a party has shown; None: it was never met."""
+        peer = self._peers.get(party)
+        return peer.owner_key if peer is not None else None
+
     def pending(self, party: bytes | None = None) -> int:
         """How many messages a party (None: all together) has not acknowledged, those that wait here included."""
         if party is None:

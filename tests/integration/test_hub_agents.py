@@ -17,8 +17,13 @@ import pytest
 
 from endpoint_worker.agent.hub_link import LAST_WORD_S
 from gcref import Client, Executor, LocalEndpoint
+from gcref.brains import peers as pe
+from gcref.carriers import keys
+from gcref.carriers.base import FdReady
+from gcref.carriers.zeromq import ZeroMQCarrier
 from gcref.directory import pins, records
 from gcref.directory.hub import HubClient
+from gcref.directory.records import EndpointRecord
 from gcref.errors import AuthError, DependencyError, EndpointLostError, NotFoundError
 from tests.support.endpoints import ask
 from tests.support.hub import Hub
@@ -188,6 +193,69 @@ def test_a_key_that_is_not_the_one_of_the_first_contact_is_not_believed(places: 
             with pytest.raises((AuthError, DependencyError)) as caught:
                 a.submit(inc, b.submit(inc, 1)).result(WAIT_S)
             assert "gcref trust midway" in f"{caught.value} {caught.value.__cause__}"
+
+
+class Impostor:
+    """A party with a key that is let in, under the id of somebody's endpoint.
+
+    Args:
+        id: whose id.
+        pair: her own key.
+    """
+
+    def __init__(self, id: bytes, pair: keys.KeyPair) -> None:
+        identity = pe.Identity(id, pe.ENDPOINT, pair.public, time.time_ns() // 1000)
+        self._peers = pe.Peers(identity, lambda key, hello: pe.PEER, time.monotonic())
+        self._carrier = ZeroMQCarrier(pair, {})
+
+    def come_in(self, record: EndpointRecord) -> bool:
+        """Speak to an endpoint; gives whether it lets her in. The connection stays."""
+        ways = record.candidates(frozenset(DIRECT))
+        todo: list[Any] = [*self._peers.handle(pe.Know(record.id, ways, time.monotonic()))]
+
+        def look() -> bool:
+            while todo:
+                match todo.pop(0):
+                    case pe.Dial() as dial:
+                        self._carrier.dial(dial.link, dial.address, dial.server_key)
+                    case pe.Transmit(link, frame):
+                        self._carrier.send(link, frame)
+            for event in self._carrier.poll(0.01):
+                if not isinstance(event, FdReady):
+                    todo.extend(self._peers.handle(event))
+            todo.extend(self._peers.handle(pe.Tick(time.monotonic())))
+            todo.extend(self._peers.flush(time.monotonic()))
+            return self._peers.is_up(record.id)
+
+        return wait_until(look, what="an answer", timeout_s=30)
+
+    def close(self) -> None:
+        self._carrier.close()
+
+
+def test_who_comes_in_as_another_endpoint_is_put_out_when_that_is_needed(
+    places: Places, ada: HubClient
+) -> None:
+    """Eve's key may come in at Polaris, and Polaris has not met Midway."""
+    polariss, eve = places("p"), keys.generate()
+    with polariss.endpoint("polaris", ("direct", "ipc")), places("m").endpoint("midway", DIRECT) as midway:
+        polaris = records.read("polaris", polariss.home)
+        assert polaris is not None
+        allowed = polariss.home / "endpoints" / "polaris" / "authorized_keys"
+        allowed.parent.mkdir(parents=True, exist_ok=True)
+        allowed.write_text(f"{eve.public.decode()} peer eve\n")
+        impostor = Impostor(midway.endpoint_id.bytes, eve)
+        try:
+            assert impostor.come_in(polaris)
+            with (
+                places("laptop").entered(),
+                Client(carriers=DIRECT) as client,
+                Executor("polaris", client) as a,
+                Executor("midway", client) as b,
+            ):
+                assert a.submit(inc, b.submit(inc, 1)).result(WAIT_S) == 3
+        finally:
+            impostor.close()
 
 
 def test_without_the_hub_who_is_connected_goes_on_and_others_are_found_when_it_is_back(

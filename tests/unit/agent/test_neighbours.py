@@ -12,7 +12,7 @@ from endpoint_worker.agent.neighbours import KeyRing, Neighbours
 from endpoint_worker.agent.published import Published
 from gcref.carriers import keys
 from gcref.carriers.mail.post import address_of
-from gcref.directory import records
+from gcref.directory import pins, records
 from gcref.directory.records import EndpointRecord
 
 ADA, BOB, EVE = (keys.generate().public for _ in range(3))
@@ -116,6 +116,38 @@ def test_another_key_is_somebody_else(home: Path) -> None:
     others.use(midway())
     assert others.is_somebody_else(MIDWAY, EVE)
     assert not others.is_somebody_else(MIDWAY, BOB)
+
+
+@pytest.mark.parametrize("source", ["its record", "the first contact"])
+def test_another_key_is_somebody_else_also_before_anything_was_to_be_said_to_it(
+    home: Path, source: str
+) -> None:
+    others = Neighbours(home, EVERY)
+    assert not others.is_proven(MIDWAY)
+    if source == "its record":
+        records.write(midway(), home)
+    else:
+        pins.check(MIDWAY, BOB, "midway", home)
+    assert others.is_proven(MIDWAY)
+    assert others.is_somebody_else(MIDWAY, EVE)
+    assert not others.is_somebody_else(MIDWAY, BOB)
+    assert not others.known(MIDWAY)
+
+
+def test_a_trusted_new_key_counts_from_then_on(home: Path) -> None:
+    others = Neighbours(home, EVERY)
+    pins.check(MIDWAY, BOB, "midway", home)
+    assert others.is_somebody_else(MIDWAY, EVE)
+    pins.replace(MIDWAY, EVE, "midway", home)
+    assert not others.is_somebody_else(MIDWAY, EVE)
+
+
+def test_a_damaged_list_of_pins_locks_nobody_out(home: Path) -> None:
+    others = Neighbours(home, EVERY)
+    pins.check(MIDWAY, BOB, "midway", home)
+    pins.path_of(home).write_text("what is this")
+    assert not others.is_proven(MIDWAY)
+    assert not others.is_somebody_else(MIDWAY, EVE)
 
 
 def test_addresses_that_a_party_names_stand_beside_those_of_its_record(home: Path) -> None:

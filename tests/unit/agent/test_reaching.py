@@ -25,6 +25,7 @@ from gcref.carriers import keys
 from gcref.carriers.bulk.link import BulkIdentity
 from gcref.carriers.bulk.thread import BulkThread
 from gcref.carriers.mail.post import address_of
+from gcref.directory import pins
 from gcref.directory.records import EndpointRecord
 from gcref.errors import GcrefError, HubUnavailableError, NotFoundError
 from gcref.wire import messages as m
@@ -223,3 +224,76 @@ def test_addresses_that_a_party_names_are_dialled_beside_the_others(agent: Agent
     agent.reaching.dial_back(pe.DialBack(MIDWAY, THEIRS.public, ("tcp://inside:1",), ()), 1.0)
     assert set(agent.dialled()) == {*before, "tcp://inside:1"}
     assert not [each for each in agent.obeyed if isinstance(each, pe.Hangup)]
+
+
+# ----------------------------------------------------------------------------- somebody comes in as another endpoint
+
+EVE = keys.generate()
+
+
+def comes_in(agent: Agent, pair: keys.KeyPair, now: float, link: int = 900) -> list[Any]:
+    """Whoever has that key says over a connection of its own that it is Midway."""
+    said = Peers(pe.Identity(MIDWAY, pe.ENDPOINT, pair.public, 7), lambda key, hello: pe.PEER)
+    for each in said.handle(pe.Know(ME, [("direct", "tcp://p:1", PAIR.public)], now)):
+        assert isinstance(each, pe.Dial)
+        said.handle(pe.LinkUp(each.link, now))
+    (hello,) = [each for each in said.flush(now) if isinstance(each, pe.Transmit)]
+    out = agent.peers.handle(pe.PacketIn(link, hello.frame, pair.public, now, "direct"))
+    for each in out:
+        if isinstance(each, pe.PeerUp):
+            agent.reaching.peer_up(each, now)
+    return [*out, *agent.peers.flush(now)]
+
+
+def test_nothing_is_said_to_an_endpoint_before_its_key_is_known(agent: Agent, hub: Hub) -> None:
+    comes_in(agent, EVE, 0.0)
+    assert agent.peers.is_up(MIDWAY)
+    agent.reaching.to_home(MIDWAY, MESSAGE, 1.0)
+    assert agent.peers.pending(MIDWAY) == 0
+    assert agent.reaching.is_unproven(MIDWAY)
+    hub.answer(RECORD, 2.0)
+    assert not agent.reaching.is_unproven(MIDWAY)
+    assert not agent.peers.is_up(MIDWAY), "Eve is out"
+    assert [event for event in agent.taken if isinstance(event, ev.PartyGone)] == [ev.PartyGone(MIDWAY, 2.0)]
+    assert agent.peers.pending(MIDWAY) == 1, "it waits for the real one"
+    assert agent.lost() == []
+    comes_in(agent, THEIRS, 3.0, link=901)
+    assert agent.peers.owner_of(MIDWAY) == THEIRS.public
+
+
+def test_the_real_one_is_talked_to_as_soon_as_the_hub_has_confirmed_it(agent: Agent, hub: Hub) -> None:
+    comes_in(agent, THEIRS, 0.0)
+    agent.reaching.to_home(MIDWAY, MESSAGE, 1.0)
+    assert agent.peers.pending(MIDWAY) == 0
+    hub.answer(RECORD, 2.0)
+    assert agent.peers.is_up(MIDWAY)
+    assert agent.peers.pending(MIDWAY) == 1
+    assert agent.taken == []
+
+
+def test_who_was_met_before_is_talked_to_without_the_hub(agent: Agent, hub: Hub, tmp_path: Path) -> None:
+    pins.check(MIDWAY, THEIRS.public, "midway", tmp_path)
+    comes_in(agent, THEIRS, 0.0)
+    agent.reaching.to_home(MIDWAY, MESSAGE, 1.0)
+    assert agent.peers.pending(MIDWAY) == 1
+    hub.answer(HubUnavailableError("no answer"), 2.0)
+    assert agent.lost() == []
+
+
+def test_whoever_has_come_in_as_an_endpoint_that_the_hub_does_not_know_hears_nothing(
+    agent: Agent, hub: Hub
+) -> None:
+    comes_in(agent, EVE, 0.0)
+    agent.reaching.to_home(MIDWAY, MESSAGE, 1.0)
+    hub.answer(NotFoundError("no such endpoint"), 2.0)
+    assert [failure[0] for failure in agent.lost()] == ["NotFoundError"]
+    assert not agent.peers.is_up(MIDWAY)
+
+
+def test_what_was_kept_goes_when_the_endpoint_is_given_up(agent: Agent, hub: Hub) -> None:
+    agent.reaching.to_home(MIDWAY, MESSAGE, 0.0)
+    agent.reaching.tick(LOST_S)
+    agent.reaching.to_home(MIDWAY, MESSAGE, LOST_S + 1)
+    hub.answer(RECORD, LOST_S + 2)  # of the first question
+    hub.answer(RECORD, LOST_S + 2)
+    assert agent.peers.pending(MIDWAY) == 1
