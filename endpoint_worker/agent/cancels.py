@@ -1,6 +1,8 @@
 """Cancelling: who asked for which task not to run, and who is to be answered what.
 
-    CANCEL ─► waiting here: it ends, yes │ with dispatch: that decides, by force its worker dies │ of another home: asked there
+    CANCEL ─┬► waits here: it ends, yes
+            ├► with dispatch: that decides, or by force its worker dies first
+            └► of another home: asked there
     CANCELLED ◄─ to everybody who asked, once it is certain
 
 An answer is one word for all: the task will not run, or it has.
@@ -17,7 +19,7 @@ from gcref.brains import dispatch_events as dp
 from gcref.brains import resolver_events as ev
 from gcref.brains.dispatch import Dispatch
 from gcref.brains.resolver import Resolver
-from gcref.brains.tasks import DISPATCHED, DONE, WAITING, Obj, Task
+from gcref.brains.tasks import CANCELLED, DISPATCHED, DONE, WAITING, Obj, Task
 from gcref.wire import messages as m
 
 
@@ -52,6 +54,7 @@ class Cancels:
         self._to_home = to_home
         self._askers: dict[bytes, list[bytes]] = {}  # id: parties that wait for the answer
         self._forced: set[bytes] = set()  # those that may kill
+        self._dying: dict[int, list[Task]] = {}  # by worker: tasks that it was killed for, until it is dead
 
     def asked(self, wanted: list[bytes], force: bool, who: ev.Who, now: float) -> None:
         """Somebody asks for these not to run; each is answered once."""
@@ -61,6 +64,8 @@ class Cancels:
                 self._out.say(who.party, [m.CANCELLED, id, [False]])
                 continue
             self._askers.setdefault(id, []).append(who.party)
+            if any(obj in tasks for tasks in self._dying.values()):
+                continue
             if obj.home != self._resolver.me:
                 self._to_home(obj.home, [m.CANCEL, id, force], now)
             elif not isinstance(obj, Task):
@@ -105,9 +110,16 @@ class Cancels:
         return unclaimed or self._resolver.may_read(obj, who, None)
 
     def _by_force(self, task: Task, now: float) -> None:
+        """Kill its worker. Until that is dead nothing is certain: it may begin yet, or come to its end."""
         worker = task.worker
+        assert worker is not None, "it is running"
         self._obey(self._dispatch.handle(dp.Withdraw([task], now)), now)
-        self._take(ev.Cancelled([task]), now)
-        self.answer(task.id, True)
-        if worker is not None:
-            self._pool.kill(worker)
+        self._dying.setdefault(worker, []).append(task)
+        self._pool.kill(worker)
+
+    def worker_gone(self, worker: int, now: float) -> None:
+        """A worker is dead, and its last results are taken."""
+        for task in self._dying.pop(worker, ()):
+            if task.state < DONE:
+                self._take(ev.Cancelled([task]), now)
+            self.answer(task.id, task.state == CANCELLED)

@@ -665,6 +665,7 @@ class Control:
                 self._take(ev.Ended(instruction.tasks, failure, True), now)
             else:
                 self._obey([instruction], now)
+        self._cancels.worker_gone(worker, now)
         self._reaching.party_gone(party, now, self._pool.name_of(worker))
 
     def _tasks_started(self, started: dp.Started, now: float) -> None:

@@ -67,6 +67,7 @@ def take_up(
     """
     remains = sorted(remains, key=lambda each: each.worker)
     adopted: list[tuple[int, Task | None, int, bool]] = []
+    doomed = {id for id, force, who in recalled.cancels if force and _may_cancel(resolver, id, who)}
     for one in remains:
         resolver.replay(ev.Finished(f"{endpoint}/{one.worker}", one.results))
     for one in remains:
@@ -74,6 +75,8 @@ def take_up(
         if one.exited is None:
             seq = one.started[0] if task is not None and one.started is not None else 0
             adopted.append((one.worker, task, seq, one.blocked and task is not None))
+        elif task is not None and task.id in doomed:
+            resolver.replay(ev.Cancelled([task]))  # that may be what its worker was killed for
         elif task is not None:
             failure = worker_lost(one.exited, "while the endpoint's agent was down")
             resolver.replay(ev.Ended([task], failure, True))
@@ -93,6 +96,11 @@ def take_up(
             len(resolver.objects), len(stored), len(adopted), len(running),
         )  # fmt: skip
     return TakenUp(remains, adopted, instructions, recalled.cancels)
+
+
+def _may_cancel(resolver: Resolver, id: bytes, who: ev.Who) -> bool:
+    task = resolver.objects.get(id)
+    return task is not None and resolver.may_read(task, who, None)
 
 
 def _running(one: Remains, resolver: Resolver) -> Task | None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,26 @@ def test_f2_a_tail_call_whose_worker_dies_before_an_agent_has_heard_of_it(
         polaris.start()
         assert isinstance(f.exception(WAIT_S), WorkerLostError)
         assert executor.submit(max, 1, 2).result(WAIT_S) == 2
+
+
+def test_f2_a_task_whose_worker_was_being_killed_for_a_cancel(polaris: NamedEndpoint, tmp_path: Path) -> None:
+    path = tmp_path / "runs"
+    with Executor("polaris") as executor:
+        f = executor.options(retries=1).submit(wait_forever, str(path))
+        (pid,) = wait_until(lambda: runs(path), what="the task to run")
+        zygote = psutil.Process(pid).ppid()  # which does the killing
+        os.kill(zygote, signal.SIGSTOP)
+        try:
+            assert f.cancel(force=True) is False, "it is not certain yet"
+            polaris.kill()
+        finally:
+            os.kill(zygote, signal.SIGCONT)
+        wait_until(lambda: not is_alive(pid), what="the worker to be killed")
+        polaris.start()
+        with pytest.raises(CancelledError):
+            f.result(WAIT_S)
+        assert executor.submit(max, 1, 2).result(WAIT_S) == 2
+    assert len(runs(path)) == 1
 
 
 def test_f2_a_large_result_made_while_nobody_listens(polaris: NamedEndpoint, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Final
 
@@ -126,7 +126,7 @@ def test_c1_force_kills_the_worker_of_a_task_that_runs(
     worker = worker_of(tmp_path / "pid")
     assert f.cancel(force=True) is True
     assert is_cancelled(f)
-    wait_until(lambda: not psutil.pid_exists(worker), what="the worker process to be killed")
+    assert not psutil.pid_exists(worker)
     with pytest.raises(DependencyError) as caught:
         dependent.result(WAIT_S)
     assert isinstance(caught.value.__cause__, CancelledError)
@@ -142,9 +142,40 @@ def test_c1_force_with_retries_does_not_run_it_again(two_sites: Sites, gate: Gat
         f = executor.submit(hold_and_tell, gate, str(tmp_path / "pid"))
         worker = worker_of(tmp_path / "pid")
         assert f.cancel(force=True) is True
-        wait_until(lambda: not psutil.pid_exists(worker), what="the worker process to be killed")
+        assert not psutil.pid_exists(worker)
         assert executor.submit(inc, 1).result(WAIT_S) == 2
     assert (tmp_path / "pid").read_text() == str(worker)
+
+
+def test_c1_force_says_yes_only_when_the_process_is_dead(
+    polaris: Executor, gate: Gate, tmp_path: Path
+) -> None:
+    f = polaris.submit(hold_and_tell, gate, str(tmp_path / "pid"))
+    worker = worker_of(tmp_path / "pid")
+    zygote = psutil.Process(worker).ppid()  # which does the killing
+    os.kill(zygote, signal.SIGSTOP)
+    try:
+        assert f.cancel(force=True) is False, "it is not certain"
+        assert not f.done()
+    finally:
+        os.kill(zygote, signal.SIGCONT)
+    with pytest.raises(CancelledError):
+        f.result(WAIT_S)
+    assert not psutil.pid_exists(worker)
+
+
+def test_c1_force_twice_is_once(polaris: Executor, gate: Gate, tmp_path: Path) -> None:
+    f = polaris.submit(hold_and_tell, gate, str(tmp_path / "pid"))
+    zygote = psutil.Process(worker_of(tmp_path / "pid")).ppid()
+    os.kill(zygote, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert not any(pool.map(lambda force: f.cancel(force=force), [True, False, True, True]))
+    finally:
+        os.kill(zygote, signal.SIGCONT)
+    wait([f], WAIT_S)
+    assert is_cancelled(f)
+    assert polaris.submit(inc, 1).result(WAIT_S) == 2
 
 
 @pytest.mark.parametrize("force", [False, True])
