@@ -109,7 +109,7 @@ class OwnRabbit:
                             stdout=output,
                             stderr=output,
                             start_new_session=True,  # Ctrl-C in the hub's terminal is for the hub
-                            preexec_fn=_die_with_us,
+                            preexec_fn=die_with_us,
                         )
                     )
             self._await_ready(time.monotonic() + START_S)
@@ -179,25 +179,7 @@ class OwnRabbit:
         _write(folder / "rabbitmq.conf", settings)
         _write(folder / "environment", "")
         _write(folder / "plugins", "[rabbitmq_management].\n")
-        return {
-            "PATH": os.environ.get("PATH", os.defpath),
-            "LANG": "C.UTF-8",
-            "HOME": str(folder),
-            "ERL_EPMD_PORT": str(port_mapper),
-            "ERL_EPMD_ADDRESS": "127.0.0.1",
-            # Data lie under the node's name: it stays the same whatever the ports are.
-            "RABBITMQ_NODENAME": f"gcref-{_digest(folder)}@localhost",
-            "RABBITMQ_DIST_PORT": str(distribution),
-            "RABBITMQ_MNESIA_BASE": f"{folder}/data",
-            "RABBITMQ_LOG_BASE": f"{folder}/logs",
-            "RABBITMQ_PID_FILE": f"{folder}/pid",
-            "RABBITMQ_CONFIG_FILE": f"{folder}/rabbitmq.conf",
-            "RABBITMQ_CONF_ENV_FILE": f"{folder}/environment",
-            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/plugins",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
-            # Then the script becomes the server, instead of waiting for it: our signals reach it.
-            "RUNNING_UNDER_SYSTEMD": "true",
-        } | _mark()
+        return environment_of(folder, distribution, port_mapper)
 
     def _await_ready(self, until: float) -> None:
         server = self._processes[-1]
@@ -255,8 +237,32 @@ def _not_installed(what: str) -> ConfigError:
     return ConfigError(f"{what} is not installed here; {remedy}", key="broker.start", remedy=remedy)
 
 
-def _die_with_us() -> None:
-    # A hub that is killed takes its broker along: nobody else would ever end it.
+def environment_of(folder: Path, distribution_port: int, epmd_port: int) -> dict[str, str]:
+    """The environment in which RabbitMQ's programs keep to a folder, to these ports, and to loopback among themselves."""
+    return {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "LANG": "C.UTF-8",
+        "HOME": str(folder),
+        "ERL_EPMD_PORT": str(epmd_port),
+        "ERL_EPMD_ADDRESS": "127.0.0.1",
+        # Data lie under the node's name: it stays the same whatever the ports are.
+        "RABBITMQ_NODENAME": f"gcref-{_digest(folder)}@localhost",
+        "RABBITMQ_DIST_PORT": str(distribution_port),
+        "RABBITMQ_MNESIA_BASE": f"{folder}/data",
+        "RABBITMQ_LOG_BASE": f"{folder}/logs",
+        "RABBITMQ_PID_FILE": f"{folder}/pid",
+        "RABBITMQ_CONFIG_FILE": f"{folder}/rabbitmq.conf",
+        "RABBITMQ_CONF_ENV_FILE": f"{folder}/environment",
+        "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/plugins",
+        # The host's own name may resolve to an address that is not loopback; nobody outside may come in.
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        # Then the script becomes the server, instead of waiting for it: signals reach it.
+        "RUNNING_UNDER_SYSTEMD": "true",
+    } | _mark()
+
+
+def die_with_us() -> None:
+    """In a child before it runs its program: it ends with its parent, also one that is killed. Nobody else would end it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 

@@ -25,6 +25,7 @@ from gcref.directory.hub import HubClient
 from gcref.hub import users
 from gcref.hub.config import load
 from gcref.hub.database import Database
+from gcref.hub.rabbitmq import die_with_us
 from tests.support.programs import environment
 from tests.support.waiting import patience, wait_until
 
@@ -84,7 +85,13 @@ class Hub:
         command = [sys.executable, "-m", "gcref.cli", "hub", "start", "--config", str(self.config)]
         with open(self.log, "a") as log:
             self._process = subprocess.Popen(
-                command, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True
+                command,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                text=True,
+                preexec_fn=die_with_us,
             )
         try:
             wait_until(

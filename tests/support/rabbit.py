@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from gcref.carriers.mail.post import MailboxAccess, queue_of
+from gcref.hub import rabbitmq
 from tests.support.leaks import lasts
 from tests.support.waiting import wait_until
 
@@ -162,7 +163,7 @@ class Rabbit:
     def eval(self, expression: str) -> str:
         """Run an Erlang expression inside the broker. Takes about a second."""
         done = subprocess.run(
-            [str(SERVER.with_name("rabbitmqctl")), "--node", self._node, "eval", f"{expression}."],
+            [str(SERVER.with_name("rabbitmqctl")), "eval", f"{expression}."],
             env=self._environment(),
             capture_output=True,
             text=True,
@@ -227,10 +228,6 @@ class Rabbit:
         return "127.0.0.1" if self.host == "0.0.0.0" else self.host
 
     @property
-    def _node(self) -> str:
-        return f"gcref-{self.port}@localhost"
-
-    @property
     def _basic(self) -> str:
         return base64.b64encode(f"{self.admin}:{self.password}".encode()).decode()
 
@@ -250,26 +247,7 @@ class Rabbit:
         cookie.chmod(0o400)
 
     def _environment(self) -> dict[str, str]:
-        folder = str(self.folder)
-        return {
-            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
-            "LANG": "C.UTF-8",
-            "HOME": folder,
-            "ERL_EPMD_PORT": str(self._epmd_port),
-            "ERL_EPMD_ADDRESS": "127.0.0.1",
-            "RABBITMQ_NODENAME": self._node,
-            "RABBITMQ_DIST_PORT": str(self._dist_port),
-            "RABBITMQ_MNESIA_BASE": f"{folder}/data",
-            "RABBITMQ_LOG_BASE": f"{folder}/logs",
-            "RABBITMQ_PID_FILE": f"{folder}/pid",
-            "RABBITMQ_CONFIG_FILE": f"{folder}/rabbitmq.conf",
-            "RABBITMQ_CONF_ENV_FILE": f"{folder}/environment",
-            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/plugins",
-            # The host's own name may resolve to an address that is not loopback; nobody outside may come in.
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
-            # Then the script becomes the server, instead of waiting for it: the pid is the broker's.
-            "RUNNING_UNDER_SYSTEMD": "true",
-        }
+        return rabbitmq.environment_of(self.folder, self._dist_port, self._epmd_port)
 
     def _start(self) -> None:
         assert SERVER.exists(), "RabbitMQ is not installed: bash tests/run does it"
@@ -281,12 +259,18 @@ class Rabbit:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                preexec_fn=rabbitmq.die_with_us,
             )
             lasts(self._epmd.pid)
         output = self.folder / "output"
         with open(output, "ab") as file:
             self._server = subprocess.Popen(
-                [str(SERVER)], env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+                [str(SERVER)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                preexec_fn=rabbitmq.die_with_us,
             )
         lasts(self._server.pid)
         try:
