@@ -19,7 +19,7 @@ from gcref.brains import dispatch_events as dp
 from gcref.brains import resolver_events as ev
 from gcref.brains.dispatch import Dispatch
 from gcref.brains.resolver import Resolver
-from gcref.brains.tasks import CANCELLED, DISPATCHED, DONE, WAITING, Obj, Task
+from gcref.brains.tasks import CANCELLED, DISPATCHED, DONE, WAITING, Obj, Task, is_task
 from gcref.wire import messages as m
 
 
@@ -68,7 +68,7 @@ class Cancels:
                 continue
             if obj.home != self._resolver.me:
                 self._to_home(obj.home, [m.CANCEL, id, force], now)
-            elif not isinstance(obj, Task):
+            elif not is_task(obj):
                 self.answer(id, False)
             elif obj.state == WAITING:
                 if obj.missing and obj.extra is not None and obj.extra.target is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from gcref.brains.resolver import Resolver
-from gcref.brains.tasks import DONE, STATE_NAMES, Task
+from gcref.brains.tasks import DONE, STATE_NAMES, is_task
 
 TELL_AFTER_S: Final = 2.0
 """Tasks that have ended by then are not worth telling, seconds."""
@@ -94,7 +94,7 @@ class TaskNews:
 
     def _state_of(self, id: bytes) -> str:
         task = self._resolver.objects.get(id)
-        return STATE_NAMES[task.state] if isinstance(task, Task) else GONE
+        return STATE_NAMES[task.state] if is_task(task) else GONE
 
     def _arm(self) -> None:
         due = [self._fresh[0][0]] if self._fresh else []

@@ -21,7 +21,7 @@ from gcref.brains import resolver_events as ev
 from gcref.brains.dispatch import Dispatch
 from gcref.brains.peers import Peers
 from gcref.brains.resolver import Resolver
-from gcref.brains.tasks import DISPATCHED, READY, Obj, Task
+from gcref.brains.tasks import DISPATCHED, READY, Obj, Task, is_task
 from gcref.carriers.bulk.thread import BulkThread
 from gcref.objects.function_names import name_of
 
@@ -77,9 +77,7 @@ class Teller:
         """What `who` may know of an object: where it is, what it waits for, since when."""
         now, unix = time.monotonic(), time.time()
         nodes = self._resolver.explain(id, who, now)
-        placed = [
-            node.obj for node in nodes if isinstance(node.obj, Task) and node.obj.state in (READY, DISPATCHED)
-        ]
+        placed = [node.obj for node in nodes if is_task(node.obj) and node.obj.state in (READY, DISPATCHED)]
         places = self._dispatch.places_of(placed, self._pool.progress(), now)
         homes: set[bytes] = set()
         for obj, told, may_see in nodes:
@@ -94,7 +92,7 @@ class Teller:
                 self._tell_pull(upload["id"], upload)
             if told.get("pulling") and obj.home == self._me:
                 self._tell_pull(obj.id, told)
-            if isinstance(obj, Task):
+            if is_task(obj):
                 self._tell_task(obj, told, places.get(obj) or {}, unix)
         root = nodes[0].told
         root["told_by"] = self._me
@@ -220,4 +218,4 @@ class Teller:
 
     def _brief(self, task: Obj) -> dict[str, Any]:
         told: dict[str, Any] = {"id": task.id, "attempt": task.attempt}
-        return told | ({"function": self._name_of(task.fn)} if isinstance(task, Task) else {})
+        return told | ({"function": self._name_of(task.fn)} if is_task(task) else {})

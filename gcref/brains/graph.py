@@ -33,6 +33,7 @@ from gcref.brains.tasks import (
     Group,
     Obj,
     Task,
+    is_task,
 )
 from gcref.errors import LostReason
 from gcref.objects import failure as failures
@@ -127,9 +128,7 @@ class Graph:
     def tasks_of(self, group: bytes) -> list[Task]:
         """All tasks of a task group that are still known here."""
         return [
-            o
-            for o in self.objects.values()
-            if isinstance(o, Task) and o.group is not None and o.group.id == group
+            o for o in self.objects.values() if is_task(o) and o.group is not None and o.group.id == group
         ]
 
     def item(self, obj: Obj) -> list[Any]:
@@ -298,7 +297,7 @@ class Graph:
         obj.failure = failure
         if was in (READY, DISPATCHED) and state != DONE and isinstance(obj, Task):
             self.withdraws.append(obj)
-        if obj.home == self.me and isinstance(obj, Task):
+        if obj.home == self.me and is_task(obj):
             self.counts[STATE_NAMES[state]] += 1
         self._ended.append(obj)
 
@@ -524,7 +523,7 @@ class Graph:
             elif obj.id in self.unknown:
                 del self.unknown[obj.id]
                 del self.objects[obj.id]
-            elif not isinstance(obj, Task):  # an upload that nobody wants any more
+            elif not is_task(obj):  # an upload that nobody wants any more
                 self.out.append(ev.CancelPull(obj.id))
                 del self.objects[obj.id]
             return

@@ -22,7 +22,7 @@ from typing import Any, Final
 from gcref.brains import resolver_events as ev
 from gcref.brains.elsewhere import Elsewhere
 from gcref.brains.graph import REF_BYTES, Graph
-from gcref.brains.tasks import DISPATCHED, DONE, LOST, READY, WAITING, Extra, Obj, Task
+from gcref.brains.tasks import DISPATCHED, DONE, LOST, READY, WAITING, Extra, Obj, Task, is_task
 from gcref.errors import LostReason
 from gcref.objects import failure as failures
 from gcref.wire import messages as m
@@ -50,7 +50,7 @@ def unfinished(graph: Graph) -> Iterator[Task]:
     """The tasks of this endpoint that are still to run."""
     for obj in graph.objects.values():
         if (
-            isinstance(obj, Task)
+            is_task(obj)
             and obj.state < DONE
             and obj.id not in graph.unknown
             and obj.home == graph.me
@@ -162,7 +162,7 @@ class Recovery:
         for end in stale.values():
             end.waiters = [task for task in end.waiters or () if task.id not in again] or None
         for obj in again.values():
-            if not isinstance(obj, Task):
+            if not is_task(obj):
                 assert obj.group is not None
                 graph.out.append(ev.Pull(obj, obj.group.submitter))
                 continue
@@ -189,7 +189,7 @@ class Recovery:
         if not was_done:
             assert obj.extra is not None
             obj.extra.deferred = None
-        if not isinstance(obj, Task) and not obj.pins and obj.holds and obj.group is not None:
+        if not is_task(obj) and not obj.pins and obj.holds and obj.group is not None:
             obj.state = WAITING
             obj.extra = obj.extra or Extra()
             obj.extra.pulling = True
@@ -200,7 +200,7 @@ class Recovery:
                 graph.drop(inner)
         text = "the bytes of the result are gone from its home's store"
         failure = failures.make("ObjectLostError", text, reason=reason)
-        if isinstance(obj, Task):
+        if is_task(obj):
             graph.counts["done"] -= was_done
             if obj.attempt <= obj.options.retries and (obj.payload is not None or obj.args is not None):
                 note_failed_attempt(obj, failure)

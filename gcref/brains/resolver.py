@@ -306,6 +306,8 @@ class Resolver:
                     continue
                 obj = known
                 obj.group = group
+                obj.extra = obj.extra or Extra()
+                obj.extra.put = True
                 self._graph.check_claims(obj, group.only_submitter)
             obj.attempt = 1
             obj.size = size

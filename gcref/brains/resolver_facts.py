@@ -12,7 +12,7 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from gcref.brains.tasks import DONE, STATE_NAMES, WAITING, Obj, Task
+from gcref.brains.tasks import DONE, STATE_NAMES, WAITING, Obj, is_task
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -109,7 +109,7 @@ def _next(graph: Graph, obj: Obj, limit: int) -> list[tuple[str, Obj]]:
         return found
     if obj.extra is not None and obj.extra.target is not None:
         found.append(("becomes", obj.extra.target))
-    elif isinstance(obj, Task) and obj.missing:
+    elif is_task(obj) and obj.missing:
         waiting = (dep for dep in obj.deps if graph.resolve(dep).state < DONE)
         found += [("waits_for", dep) for dep in islice(waiting, limit)]
     return found
@@ -127,7 +127,7 @@ def _tell(obj: Obj, told: dict[str, Any], functions: Container[bytes]) -> None:
         told["tries"] = [text[:FAILURE_TEXT_MAX] for text in extra.tries[-TRIES_MAX:]]
     if extra is not None and extra.unconfirmed and obj.state < DONE:
         told["unconfirmed"] = extra.unconfirmed
-    if not isinstance(obj, Task):
+    if not is_task(obj):
         if extra is not None and extra.pulling:
             told["pulling"] = True
         return
@@ -168,7 +168,7 @@ def overview(graph: Graph) -> dict[str, Any]:
                 "attempt": obj.attempt,
                 "pins": len(obj.pins),
             }
-            if isinstance(obj, Task):
+            if is_task(obj):
                 sample |= {"missing": obj.missing, "worker": obj.worker, "seq": obj.seq}
             if obj.extra is not None:
                 sample |= {"at_home": obj.extra.at_home, "pulling": obj.extra.pulling}

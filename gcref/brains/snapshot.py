@@ -45,7 +45,7 @@ IDS_BATCH: Final = 65_536
 _AnyObj = TypeVar("_AnyObj", bound=Obj)
 
 _ID_BYTES: Final = 16
-_FLAGS: Final = ("submitted", "subscribed", "confirmed", "at_home", "pulling", "orphaned")
+_FLAGS: Final = ("submitted", "subscribed", "confirmed", "at_home", "pulling", "orphaned", "put")
 _DEFAULT: Final = [0, None, None]  # the row of DEFAULT_OPTIONS
 _PLAIN: Final = ("token", "unconfirmed", "relay", "newer", "tries", "promised_by")
 

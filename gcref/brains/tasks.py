@@ -9,7 +9,7 @@ There is one of these for each task, so they are slotted and their rare fields s
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 # States of an object. A task goes WAITING → READY → DISPATCHED → one of the ended states; any other object waits, then ends.
 WAITING: Final = 0
@@ -67,6 +67,7 @@ class Extra:
         target: the object that this one is an alias of.
         aliases: objects that are aliases of this one.
         promised_by: the worker whose result named this object before its SUBMIT had come here.
+        put: it was put or uploaded, where somebody had asked for it before: it has the form of a task, and is none.
         orphaned: that worker died first, here or at the site that subscribes: its SUBMIT hardly comes any more.
         awaited_by: objects whose outcome waits until our pin on this one is confirmed.
         unconfirmed: how many pins this object's own outcome waits for; `deferred` is that outcome.
@@ -91,6 +92,7 @@ class Extra:
         "orphaned",
         "promised_by",
         "pulling",
+        "put",
         "relay",
         "submitted",
         "subscribed",
@@ -113,6 +115,7 @@ class Extra:
         self.aliases: list[Obj] | None = None
         self.promised_by: str | None = None
         self.orphaned = False
+        self.put = False
         self.awaited_by: list[Obj] | None = None
         self.unconfirmed = 0
         self.deferred: Any = None
@@ -245,3 +248,8 @@ class Task(Obj):
         self.sent_at = 0.0
         self.worker: int | None = None
         self.seq = 0
+
+
+def is_task(obj: Obj | None) -> TypeGuard[Task]:
+    """Whether a run here makes this object. What somebody asked for before it came has the form of a task, whatever it is."""
+    return isinstance(obj, Task) and (obj.extra is None or not obj.extra.put)

@@ -201,7 +201,7 @@ class LastingSite(Site):
             if sender == self.id:
                 for _ in range(dice.randint(0, len(queue))):
                     queue.pop()
-        for id in [id for id in self.store if dice.random() < losses]:
+        for id in [id for id in self.store if dice.random() < losses and world.can_be_lost(id)]:
             del self.store[id]
         self.pulls.clear()
         self.runnable.clear()
@@ -328,7 +328,13 @@ class LastingWorld(World):
                     found.append(lambda s=site, p=pull: self._refuse(s, p))
         return found
 
+    def can_be_lost(self, id: bytes) -> bool:
+        """Whether its bytes can be made again, or need not be. Nobody has those of a put twice."""
+        return not self.opts or id not in self.uploads
+
     def _has(self, pull: ev.Pull) -> bool:
+        if pull.source == CLIENT:
+            return True
         there = self.sites[pull.source].resolver.objects.get(pull.obj.id)
         return (
             there is not None

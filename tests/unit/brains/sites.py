@@ -105,6 +105,8 @@ class Site:
         match message:
             case [m.SUBMIT, home, group, secret, opts, fns, tasks]:
                 self.handle(ev.Submitted(who, home, group, secret, opts, fns, tasks, now, now))
+            case [m.OFFER, home, group, secret, items]:
+                self.handle(ev.Offered(who, home, group, secret, items, now))
             case [m.SUBSCRIBE, home, items]:
                 self.handle(ev.Subscribed(who, home, items, now))
             case [m.UNSUBSCRIBE, joined]:
@@ -127,6 +129,10 @@ class Site:
     def finish_pull(self, pull: ev.Pull) -> None:
         """The bulk thread has brought the bytes."""
         self.pulls.remove(pull)
+        if pull.source == CLIENT:
+            self.store[pull.obj.id], self.attempts[pull.obj.id] = self.world.uploads[pull.obj.id], 1
+            self.handle(ev.Pulled([(pull.obj.id, 1, {"direct": BIG}, None)]))
+            return
         source = self.world.sites[pull.source]
         assert pull.obj.extra is not None
         reader = ev.Who(self.id, "peer", b"p" * 40, "endpoint")
@@ -153,15 +159,17 @@ class World:
         failing: float = 0.15,
         big: float = 0.3,
         alias: float = 0.1,
+        put: float = 0.1,
         retries: int = 0,
         site: type[Site] = Site,
     ) -> None:
         self.dice = dice
         self.now = 1.0
-        self.odds = (failing, big, alias)
+        self.odds = (failing, big, alias, put)
         self.opts: dict[str, Any] = {"retries": retries} if retries else {}
         self.queues: dict[tuple[bytes, bytes], deque[list[Any]]] = defaultdict(deque)
         self.written: dict[str, bytes] = {}
+        self.uploads: dict[bytes, bytes] = {}
         self.sites = {name: site(name, self) for name in (b"%c" % (65 + i) * 16 for i in range(sites))}
         self.home: dict[bytes, bytes] = {}
         self.deps: dict[bytes, list[bytes]] = {}
@@ -193,7 +201,7 @@ class World:
             found += [
                 lambda s=site, p=pull: s.finish_pull(p)
                 for pull in site.pulls[:3]
-                if pull.obj.id in self.bytes_at(pull.source)
+                if pull.source == CLIENT or pull.obj.id in self.bytes_at(pull.source)
             ]
         return found
 
@@ -224,13 +232,20 @@ class World:
     # -------------------------------------------------------------------------------------------- the client
 
     def submit(self) -> bytes:
-        """The client submits a task with dice-chosen home, arguments and fate."""
+        """The client submits a task, or puts a value, with dice-chosen home, arguments and fate."""
         dice = self.dice
         id, home = object_id(self.count), dice.choice(list(self.sites))
         self.count += 1
+        failing, big, alias, put = self.odds
+        if dice.random() < put:
+            self.home[id], self.deps[id], self.fate[id] = home, [], ("put", None)
+            large = dice.random() < big
+            self.uploads[id] = id
+            item = [id, BIG if large else len(id), None if large else id]
+            self.post(CLIENT, home, [m.OFFER, home, GROUP, SECRET, [item]])
+            return id
         known = list(self.home)
         deps = dice.sample(known, k=min(len(known), dice.choice((0, 0, 1, 1, 2, 3))))
-        failing, big, alias = self.odds
         throw = dice.random()
         if throw < failing:
             self.fate[id] = ("fail", None)

@@ -15,7 +15,7 @@ from gcref.brains.resolver import Resolver
 from gcref.brains.tasks import DISPATCHED, DONE, LOST, READY, WAITING, Task
 from gcref.objects import failure as failures
 from gcref.wire import messages as m
-from tests.unit.brains.recovering import WORKER, LastingWorld
+from tests.unit.brains.recovering import WORKER, LastingWorld, reloaded
 from tests.unit.brains.sites import CLIENT, GROUP, SECRET, USER, object_id, ref_to
 
 HERE = b"H" * 16
@@ -306,6 +306,22 @@ def test_what_nobody_submitted_is_waited_for_after_a_death_too() -> None:
     assert items(life.finish(1), PEER.party)[object_id(1)][1] == m.OK
 
 
+def test_a_put_that_was_asked_for_before_it_came_is_uploaded_again_and_never_run() -> None:
+    life = Life()
+    life.handle(ev.Subscribed(PEER, HERE, [[object_id(1), local(1)[32:], None, False]], 1.0))
+    life.handle(ev.Offered(USER, HERE, GROUP, SECRET, [[object_id(1), BIG, None]], 1.0))
+    told = life.again()
+    assert runnable(told) == []
+    assert [i.obj.id for i in only(told, ev.Pull)] == [object_id(1)]
+    life.r = reloaded(life.r)
+    told = life.handle(ev.Pulled([(object_id(1), 1, {"direct": BIG}, None)]))
+    assert items(told, PEER.party)[object_id(1)][1] == m.STORED
+    assert only(life.handle(ev.Attached(USER, GROUP)), ev.Tasks)[0].tasks == [], "it is no task"
+    told = life.again(stored={})
+    assert runnable(told) == []
+    assert items(told)[object_id(1)][1] == m.LOST
+
+
 # ----------------------------------------------------------------------------------------- the other side's death
 
 
@@ -490,7 +506,9 @@ def play(
             mine = [
                 id
                 for id in site.store
-                if world.home.get(id) == site.id and site.resolver.objects[id].state == DONE
+                if world.home.get(id) == site.id
+                and site.resolver.objects[id].state == DONE
+                and world.can_be_lost(id)
             ]
             if mine:
                 site.lose_bytes(dice.choice(mine))

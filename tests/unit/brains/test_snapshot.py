@@ -78,6 +78,8 @@ def filled() -> Resolver:
     submit([object_id(12), -1, b"p", None, None, None])
     r.replay(ev.Finished("gone", [[1, object_id(12), 1, m.ALIAS, there[54], 1.0, 0.5, None, None]]))
     r.handle(ev.PartyGone(b"v" * 16, 6.0, "gone"))  # and what it promised with it
+    r.handle(ev.Subscribed(peer, HERE, [[object_id(72), here[72][32:], None, False]], 6.0))
+    r.handle(ev.Offered(USER, HERE, GROUP, SECRET, [[object_id(72), 1 << 20, None]], 6.0))
     r.handle(ev.Subscribed(peer, HERE, [[object_id(71), b"x" * 16, None, False, True]], 6.0))
     r.validate()
     return r
