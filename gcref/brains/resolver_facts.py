@@ -33,6 +33,8 @@ TRIES_MAX: Final = 10
 SCAN_MAX: Final = 5_000
 """Objects that `overview` looks at: a millisecond or two."""
 SAMPLE_MAX: Final = 50
+PINS_MAX: Final = 4
+"""Parties that are told of, for each of those."""
 
 
 class Node(NamedTuple):
@@ -154,25 +156,28 @@ def text_of(failure: list[Any]) -> str:
 
 
 def overview(graph: Graph) -> dict[str, Any]:
-    """The table at a glance, for the log: counts, and the oldest of what has not ended. Its cost is bounded."""
+    """The table at a glance, for the log: counts, the oldest of what has not ended and of what is kept. Its cost is bounded."""
     states: dict[str, int] = {}
-    oldest: list[dict[str, Any]] = []
+    unfinished: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
     for obj in islice(graph.objects.values(), SCAN_MAX):
         name = STATE_NAMES[obj.state]
         states[name] = states.get(name, 0) + 1
-        if obj.state < DONE and len(oldest) < SAMPLE_MAX:
+        samples = unfinished if obj.state < DONE else kept
+        if len(samples) < SAMPLE_MAX:
             sample = {
                 "id": obj.id,
                 "home": obj.home,
                 "state": name,
                 "attempt": obj.attempt,
-                "pins": len(obj.pins),
+                "pins": list(islice(obj.pins, PINS_MAX)),
+                "holds": obj.holds,
             }
             if is_task(obj):
                 sample |= {"missing": obj.missing, "worker": obj.worker, "seq": obj.seq}
             if obj.extra is not None:
                 sample |= {"at_home": obj.extra.at_home, "pulling": obj.extra.pulling}
-            oldest.append(sample)
+            samples.append(sample)
     return {
         "counts": dict(graph.counts),
         "objects": len(graph.objects),
@@ -180,5 +185,6 @@ def overview(graph: Graph) -> dict[str, Any]:
         "states": states,
         "groups": len(graph.groups),
         "not_submitted_yet": len(graph.unknown),
-        "oldest_unfinished": oldest,
+        "oldest_unfinished": unfinished,
+        "oldest_kept": kept,
     }

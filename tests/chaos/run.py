@@ -359,10 +359,9 @@ class _Run:
             try:
                 wait_until(is_empty, timeout_s=30)
             except AssertionError:
-                kept = {
-                    key: told.get(key) for key in ("error", "objects", "dbg", "workers", "store", "dispatch")
-                }
+                kept = {key: told.get(key) for key in ("error", "objects", "workers", "store", "dispatch")}
                 self._left(f"{site.name} does not become empty: {kept}")
+                self._history.note("dumped", site=site.name, lines=site.dumped())
 
     def _look_around(self, before: Traces) -> None:
         mine = tuple(site.record.id.hex() for site in self._world.sites)

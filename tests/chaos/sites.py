@@ -208,6 +208,19 @@ class Site:
             if told["level"] in ("error", "critical") or "traceback" in told:
                 yield told["level"], f"{told['text']}\n{told.get('traceback', '')}"
 
+    def dumped(self) -> list[str]:
+        """Have its agent write its state into its log, and give that, line by line."""
+        log = records.endpoint_dir(self.name, self.home) / "agent.log"
+
+        def lines() -> list[str]:
+            return [line for line in log.read_text(errors="replace").splitlines() if '"gcref.dump"' in line]
+
+        before = len(lines())
+        self.signal_agent(signal.SIGUSR1)
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: any("state of resolver" in line for line in lines()[before:]), what="the dump")
+        return lines()[before:]
+
     def kill_all(self) -> None:
         """End what is left of it, whatever that is."""
         for process in self.processes():

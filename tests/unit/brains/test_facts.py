@@ -172,6 +172,14 @@ def test_the_overview_is_bounded() -> None:
     assert told["counts"]["submitted"] == facts.SCAN_MAX + 10
 
 
+def test_the_overview_tells_who_keeps_what() -> None:
+    r = resolver()
+    submit(r, task(1))
+    finish(r, 1, m.OK, b"v")
+    (kept,) = r.describe()["oldest_kept"]
+    assert (kept["id"], kept["state"], kept["pins"], kept["holds"]) == (object_id(1), "done", [CLIENT], 0)
+
+
 def place(dispatch: Dispatch, task: Task, progress: dict[int, int], now: float) -> dict[str, Any]:
     return dispatch.places_of([task], progress, now)[task]
 
