@@ -201,14 +201,16 @@ class Graph:
         return obj
 
     def check_claims(self, obj: Obj, owner_pins: frozenset[bytes]) -> None:
-        """Now that the owner is known, keep only those early subscribers who prove their right."""
+        """Now that the owner is known, keep only those early subscribers who prove their right, of those that still want it."""
         extra = obj.extra
-        obj.pins = owner_pins
+        wanted_by, obj.pins = obj.pins, owner_pins
         group = obj.group
         if extra is None or extra.claims is None or group is None:
             return
         claims, extra.claims = extra.claims, None
         for who, token in claims:
+            if who.party not in wanted_by:
+                continue
             if self.may_read(obj, who, token):
                 obj.pins |= {who.party}
             else:

@@ -126,6 +126,12 @@ class Site:
             ev.Finished("w", [[task.seq, task.id, task.attempt, status, value, 1.0, 0.1, refs, None]])
         )
 
+    def cancel(self, task: Task) -> None:
+        """The task has not begun, and will not."""
+        if task in self.runnable:
+            self.runnable.remove(task)
+        self.handle(ev.Cancelled([task]))
+
     def finish_pull(self, pull: ev.Pull) -> None:
         """The bulk thread has brought the bytes."""
         self.pulls.remove(pull)

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gcref.brains import recovery
 from gcref.brains import resolver_events as ev
 from gcref.brains.resolver import Resolver
-from gcref.brains.tasks import DISPATCHED, Task
+from gcref.brains.tasks import DISPATCHED, READY, WAITING, Task, is_task
 from gcref.objects import failure as failures
 from gcref.wire import messages as m
 from tests.support.timing import cpu_seconds
@@ -375,6 +376,45 @@ def test_l1_everything_is_released_when_the_futures_are(dice: random.Random, sit
     for site in world.sites.values():
         assert not site.resolver.objects, list(site.resolver.objects)
         assert not site.store
+
+
+def may_be_cancelled(found: Task) -> bool:
+    """Whether it was submitted, and has not begun."""
+    return found.group is not None and found.state in (WAITING, READY) and not recovery.has_result(found)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.randoms(use_true_random=True), st.integers(1, 3))
+def test_l1_nothing_is_left_of_what_was_cancelled_in_the_middle(dice: random.Random, sites: int) -> None:
+    """Also where its arguments were asked for before they were submitted."""
+    world = World(dice, sites)
+    ids = []
+    for _ in range(dice.randint(1, 20)):
+        ids.append(world.submit())
+        for _ in range(dice.randint(0, 4)):
+            world.step()
+        site = world.sites[world.home[(id := dice.choice(ids))]]
+        found = site.resolver.objects.get(id)
+        if dice.random() < 0.5 and is_task(found) and may_be_cancelled(found):
+            site.cancel(found)
+    world.drain()
+    assert set(world.outcome) == set(ids)
+    world.release(ids)
+    for site in world.sites.values():
+        world.post(CLIENT, site.id, [m.UNSUBSCRIBE, b"".join(ids)])  # what aliases were followed to
+    world.drain()
+    for site in world.sites.values():
+        assert not site.resolver.objects, list(site.resolver.objects)
+
+
+def test_who_has_gone_again_before_the_submit_came_is_no_subscriber() -> None:
+    r = resolver()
+    gone, stays = (ev.Who(bytes([n]) * 16, "peer", b"p" * 40, "endpoint") for n in (1, 2))
+    for who in (gone, stays):
+        r.handle(ev.Subscribed(who, HERE, [[object_id(1), local(1)[32:], None, False]], 1.0))
+    r.handle(ev.Unsubscribed(gone, [object_id(1)]))
+    submit(r, task(1))
+    assert r.objects[object_id(1)].pins == {CLIENT, stays.party}
 
 
 def test_ids_are_split() -> None:
