@@ -233,18 +233,25 @@ class Resolver:
 
     def _adopt_placeholder(self, known: Obj, task: Task) -> Task | None:
         """Fill in a task that was subscribed to before its SUBMIT came; None for a repeated SUBMIT."""
+        assert task.group is not None
         if not isinstance(known, Task) or self._graph.unknown.pop(known.id, None) is None:
-            self._graph.counts["duplicates"] += 1
-            if known.group is not None and task.group is not None and known.group.owner == task.group.owner:
-                known.pins |= task.pins
-                if known.state >= DONE:
-                    self._graph.tell(task.pins, self._graph.item(known))
+            self._known_already(known, task.group)
             return None
         for name in ("group", "fn", "payload", "options", "received_at"):
             setattr(known, name, getattr(task, name))
         self._graph.check_claims(known, task.pins)
         known.missing = 0
         return known
+
+    def _known_already(self, known: Obj, group: Group) -> None:
+        """A SUBMIT or OFFER comes once more, or its object was given up before it came: its sender hears how that stands."""
+        self._graph.counts["duplicates"] += 1
+        if known.group is None:
+            known.group = group
+        if known.group.owner == group.owner:
+            known.pins |= group.only_submitter
+            if known.state >= DONE:
+                self._graph.tell(group.only_submitter, self._graph.item(known))
 
     def _link(
         self, task: Task, deps: bytes | None, passed: bytes | None, args: list[Any] | None, who: ev.Who
@@ -302,7 +309,7 @@ class Resolver:
             known = self._graph.objects.setdefault(id, obj)
             if known is not obj:
                 if self._graph.unknown.pop(id, None) is None:
-                    self._graph.counts["duplicates"] += 1
+                    self._known_already(known, group)
                     continue
                 obj = known
                 obj.group = group

@@ -214,3 +214,26 @@ def test_an_agent_that_comes_back_knows_its_orphans(home: bytes, when: str) -> N
     else:
         (item,) = told(site.handle(ev.Tick(5.0 + ORPHAN_S)))
         assert is_worker_lost(item)
+
+
+@pytest.mark.parametrize("why", ["orphaned", "cancelled", "not in time"])
+@pytest.mark.parametrize("what", ["task", "put"])
+def test_who_submits_what_was_given_up_already_hears_of_that(why: str, what: str) -> None:
+    home = resolver(THERE)
+    token = ref(INNER, THERE)[32:]
+    home.handle(ev.Subscribed(CLIENT, THERE, [[INNER, token, None, False, why == "orphaned"]], 0.0))
+    if why == "cancelled":
+        home.handle(ev.Cancelled([home.objects[INNER]]))  # type: ignore[list-item]
+    else:
+        home.handle(ev.Tick(LONG_S))
+    status = {"orphaned": m.FAILED, "cancelled": m.CANCELLED_STATUS, "not in time": m.LOST}[why]
+    if what == "task":
+        out = home.handle(submitted(AGENT, INNER, THERE, LONG_S))
+    else:
+        out = home.handle(ev.Offered(AGENT, THERE, b"g" * 16, SECRET, [[INNER, 5, b"value"]], LONG_S))
+    assert [item[:2] for item in told(out, ME)] == [[INNER, status]]
+    assert not [each for each in out if isinstance(each, ev.Runnable | ev.Pull)]
+    home.handle(ev.Unsubscribed(CLIENT, [INNER]))
+    assert INNER in home.objects
+    home.handle(ev.Unsubscribed(AGENT, [INNER]))
+    assert home.objects == {}
