@@ -244,8 +244,13 @@ def _may_have_ended_in(case: Case, number: int, kind: str) -> bool:
 def _lost_its_workers(case: Case, node: Node) -> bool:
     """Whether enough workers that could have run it died: one for each attempt that it had."""
     begins, ends = case.window(node)
-    deaths = [blow["at"] for blow in case.killed.values() if blow["site"] == node.site]
-    deaths = [at for at in deaths if begins <= at <= ends]
+    # A blow begins with looking for somebody to strike.
+    deaths = [blow for blow in case.killed.values() if blow["site"] == node.site]
+    deaths = [
+        blow
+        for blow in deaths
+        if begins <= float(blow["done"] if "done" in blow else blow["at"]) and blow["at"] <= ends
+    ]
     # Whoever waited for the task hears of its end before the stop is over.
     stops = [entry for entry in case.by_what["stopped"] if entry["site"] == node.site]
     stops = [

@@ -10,13 +10,14 @@
 | `told` | node: its callback was called |
 | `end` | node, outcome (`value`, `error`, `cancelled`, `pending`), digest; type, text, roots, named; attempts |
 | `changed` | node: a value that was kept is not what it was |
-| `blow`, `healed` | fault, target; site (index), killed (process ids of workers) |
+| `blow`, `healed` | fault, target; site (index), killed (process ids of workers); done: when, after a search that began `at` |
 | `stopped` | site: its agent has ended in order, and all of its workers with it; since: when it was told to |
 | `effect` | node, effect, pid |
 | `log` | site, level, text: what an agent complained of |
 | `left` | text: something that is still there |
 | `agent` | site, text: it is not as it should be |
 | `explained` | node, text |
+| `dumped` | site, lines: what an agent told of its state, because something was left |
 """
 
 from __future__ import annotations

@@ -80,6 +80,7 @@ class Striker(threading.Thread):
                 target=blow.target,
                 site=[site.name for site in self._world.sites].index(named),
                 killed=killed,
+                done=round(time.monotonic(), 6),
                 for_s=blow.for_s,
                 plane=blow.plane,
             )

@@ -357,6 +357,17 @@ def test_a_worker_that_dies_after_a_task_ended_explains_nothing() -> None:
     assert ("errors_are_explained", A) in {(found.law, found.node) for found in check(GRAPH, entries)}
 
 
+def test_a_worker_that_is_struck_after_the_submit_explains_what_it_ran() -> None:
+    entries = faultless(GRAPH)
+    ends_in(entries, A, "WorkerLostError")
+    submitted_at = entry(entries, A, "submitted")["at"]
+    blow = killed_worker(submitted_at - 0.01, 0)
+    entries.append(blow)
+    assert ("errors_are_explained", A) in {(found.law, found.node) for found in check(GRAPH, entries)}
+    blow["done"] = submitted_at + 0.01
+    assert ("errors_are_explained", A) not in {(found.law, found.node) for found in check(GRAPH, entries)}
+
+
 def test_a_stop_explains_what_is_told_before_it_is_over() -> None:
     entries = faultless(GRAPH)
     ends_in(entries, A, "WorkerLostError")
