@@ -10,7 +10,8 @@ An answer is one word for all: the task will not run, or it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any
 
 from endpoint_worker.agent.outbox import Outbox
@@ -52,7 +53,9 @@ class Cancels:
         self._take = take
         self._obey = obey
         self._to_home = to_home
-        self._askers: dict[bytes, list[bytes]] = {}  # id: parties that wait for the answer
+        self._asked: dict[
+            bytes, list[tuple[ev.Who, bool]]
+        ] = {}  # id: who waits for the answer, and whether by force
         self._forced: set[bytes] = set()  # those that may kill
         self._dying: dict[int, list[Task]] = {}  # by worker: tasks that it was killed for, until it is dead
 
@@ -63,7 +66,7 @@ class Cancels:
             if obj is None or obj.state >= DONE or not self._may_cancel(obj, who):
                 self._out.say(who.party, [m.CANCELLED, id, [False]])
                 continue
-            self._askers.setdefault(id, []).append(who.party)
+            self._asked.setdefault(id, []).append((who, force))
             if any(obj in tasks for tasks in self._dying.values()):
                 continue
             if obj.home != self._resolver.me:
@@ -101,8 +104,14 @@ class Cancels:
 
     def answer(self, id: bytes, gone: bool) -> None:
         """Tell everybody who asked."""
-        for party in self._askers.pop(id, ()):
-            self._out.say(party, [m.CANCELLED, id, [gone]])
+        for who, _force in self._asked.pop(id, ()):
+            self._out.say(who.party, [m.CANCELLED, id, [gone]])
+
+    def open(self) -> Iterator[tuple[bytes, bool, ev.Who]]:
+        """What is not decided: (id, force, who asked). The journal keeps it."""
+        for id, asked in self._asked.items():
+            who, force = max(asked, key=itemgetter(1))
+            yield id, force, who
 
     def _may_cancel(self, obj: Obj, who: ev.Who) -> bool:
         # Nobody has submitted it yet: whoever may do that may also say that it will not come.

@@ -171,6 +171,7 @@ class Control:
         self._cancels = Cancels(
             resolver, dispatch, pool, self._out, take=self._take, obey=self._obey, to_home=reaching.to_home
         )
+        memory.open_cancels = self._cancels.open
         self._killed: dict[int, list[Any]] = {}  # workers that we kill, and what their task is told
         self._refused = 0
         self._teller = Teller(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from endpoint_worker.agent import inbox
@@ -43,6 +43,7 @@ FUNCTION: Final = 5  # digest, then the function's bytes
 SESSION: Final = 6  # [party, kind, owner key, role, epoch, taken]
 STATE: Final = 7  # a row of the resolver's dump
 FORGOTTEN: Final = 8  # a party whose session is over
+CANCEL: Final = 9  # [task, force, who asked…]: a cancel that is not decided
 
 COMMIT_AGAIN_S: Final = 1.0
 """How long a full disk is left alone before the journal is written again."""
@@ -77,6 +78,7 @@ class Memory:
 
     Attributes:
         deadline: when `commit` is to be tried again after it failed, monotonic seconds; None: it did not fail.
+        open_cancels: gives the cancels that are not decided: (id, force, who asked).
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Memory:
         self._senders: dict[int, tuple[ev.Who, str]] = {}
         self._met: dict[bytes, ev.Who] = {}
         self.deadline: float | None = None
+        self.open_cancels: Callable[[], Iterable[tuple[bytes, bool, ev.Who]]] = lambda: ()
 
     @property
     def returns(self) -> bool:
@@ -196,6 +199,8 @@ class Memory:
             yield SESSION, codec.pack([party, who.kind, who.owner, who.role, epoch, taken])
         for row in self._resolver.dump():
             yield STATE, codec.pack(row)
+        for id, force, who in self.open_cancels():
+            yield CANCEL, codec.pack([id, force, *who])
 
     # -------------------------------------------------------------------------------------------------- reading
 
@@ -213,6 +218,7 @@ class Memory:
             for id, (force, who) in reading.cancels.items()
             if (task := self._resolver.objects.get(id)) is not None and task.state < DONE
         ]
+        self.open_cancels = lambda: open_cancels
         workers = {party for party, who in self._met.items() if who.role == "worker"}
         return Recalled(open_cancels, workers, reading.last_worker)
 
@@ -237,6 +243,7 @@ class _Reading:
             SESSION: self._session,
             STATE: self._state,
             FORGOTTEN: self._forgotten,
+            CANCEL: self._cancel,
         }
 
     def take(self, kind: int, body: bytes) -> None:
@@ -273,6 +280,10 @@ class _Reading:
     def _state(self, body: bytes) -> None:
         assert self._rows is not None, "rows stand before events"
         self._rows.append(self._unpack(body))
+
+    def _cancel(self, body: bytes) -> None:
+        id, force, *who = self._unpack(body)
+        self.cancels[id] = (force, ev.Who(*who))
 
     def _packet(self, body: bytes) -> None:
         number, unix = _PACKET.unpack_from(body)

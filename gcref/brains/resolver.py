@@ -212,7 +212,11 @@ class Resolver:
         unknown_fns = [fn for fn in fns if fn not in self.functions]
         plain = not unknown_fns and not options.resources
         count = 0
+        young, old = self._graph.graves
         for id, fnx, payload, deps, passed, args, *_ in event.tasks:
+            if id in young or id in old:
+                self._released_already(id, group)
+                continue
             task = Task(id, me, group, fns[fnx] if fnx >= 0 else None, payload, options, unix)
             known = objects.setdefault(id, task)
             if known is not task:
@@ -252,6 +256,11 @@ class Resolver:
             known.pins |= group.only_submitter
             if known.state >= DONE:
                 self._graph.tell(group.only_submitter, self._graph.item(known))
+
+    def _released_already(self, id: bytes, group: Group) -> None:
+        """It was given up before it came, and whoever waited for it has let go."""
+        self._graph.counts["duplicates"] += 1
+        self._graph.tell(group.only_submitter, self._graph.item(self._graph.released(id)))
 
     def _link(
         self, task: Task, deps: bytes | None, passed: bytes | None, args: list[Any] | None, who: ev.Who
@@ -304,6 +313,9 @@ class Resolver:
         for id, size, blob, *_ in event.items:
             if event.home != self._graph.me:
                 self._elsewhere.relay_offer(event, group, id, size, blob)
+                continue
+            if self._graph.is_grave(id):
+                self._released_already(id, group)
                 continue
             obj: Obj = Obj(id, self._graph.me, group, group.only_submitter)
             known = self._graph.objects.setdefault(id, obj)

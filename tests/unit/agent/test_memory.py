@@ -189,6 +189,12 @@ def test_a_cancel_that_was_not_decided_is_asked_again(tmp_path: Path, lives: Liv
     life.take(ev.Cancelled([life.task(TASKS[0])]))
     life.memory.commit()
     assert lives(tmp_path / "journal").recalled.cancels == [(TASKS[1], True, CLIENT)]
+    lives(tmp_path / "journal").begin()  # which has made a snapshot, and decided nothing
+    last = lives(tmp_path / "journal").begin()
+    assert last.recalled.cancels == [(TASKS[1], True, CLIENT)]
+    last.take(ev.Cancelled([last.task(TASKS[1])]))
+    last.memory.commit()
+    assert lives(tmp_path / "journal").recalled.cancels == []
 
 
 def test_the_parties_of_workers_are_known_again(tmp_path: Path, lives: Lives) -> None:

@@ -237,3 +237,6 @@ def test_who_submits_what_was_given_up_already_hears_of_that(why: str, what: str
     assert INNER in home.objects
     home.handle(ev.Unsubscribed(AGENT, [INNER]))
     assert home.objects == {}
+    out = home.handle(submitted(AGENT, INNER, THERE, LONG_S))
+    assert [item[:2] for item in told(out, ME)] == [[INNER, m.LOST]], "it stays given up"
+    assert not [each for each in out if isinstance(each, ev.Runnable)]
