@@ -53,9 +53,8 @@ class Cancels:
         self._take = take
         self._obey = obey
         self._to_home = to_home
-        self._asked: dict[
-            bytes, list[tuple[ev.Who, bool]]
-        ] = {}  # id: who waits for the answer, and whether by force
+        # By id: who waits for the answer, and whether by force.
+        self._asked: dict[bytes, list[tuple[ev.Who, bool]]] = {}
         self._forced: set[bytes] = set()  # those that may kill
         self._dying: dict[int, list[Task]] = {}  # by worker: tasks that it was killed for, until it is dead
 
