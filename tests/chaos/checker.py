@@ -272,14 +272,8 @@ def _died_after(case: Case, node: Node, returned: Entry) -> bool:
     pid, at = returned["pid"], returned["at"]
     if case.died_at(returned) is not None:
         return True
-    # What ended its worker, or had its worker ended by the agent.
-    deadly = (n for n in case.graph.nodes if n.site == node.site and _ends_its_worker(case, n))
-    return any(start["pid"] == pid and start["at"] > at for n in deadly for start in case.starts(n.number))
-
-
-def _ends_its_worker(case: Case, node: Node) -> bool:
-    by_force = any(cancel["force"] and cancel["answer"] for cancel in case.of(node.number, "cancel"))
-    return by_force or node.kind in (Kind.DIE, Kind.OVERRUN)
+    dying = (n for n in case.graph.nodes if n.kind is Kind.DIE and n.site == node.site)
+    return any(start["pid"] == pid and start["at"] > at for n in dying for start in case.starts(n.number))
 
 
 def _store_was_full(case: Case, node: Node) -> bool:

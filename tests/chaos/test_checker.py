@@ -403,11 +403,6 @@ def test_a_tail_call_may_be_lost_with_its_worker_until_the_task_inside_runs() ->
     death = killed_worker(at, 0, PID + 5)
     assert check(GRAPH, [*without, death]) == []
     assert found in {(v.law, v.node) for v in check(GRAPH, [*entries, death])}, "the task inside has run"
-    # Another task's cancel by force, on the same worker, is such a death too.
-    after = {"at": at, "what": "effect", "node": A, "effect": "started", "pid": PID + 5}
-    cancel = {"at": at, "what": "cancel", "node": A, "force": True, "answer": True, "took_s": 0.1}
-    assert found in {(v.law, v.node) for v in check(GRAPH, [*without, after])}
-    assert found not in {(v.law, v.node) for v in check(GRAPH, [*without, after, cancel])}
 
 
 def test_the_story_tells_of_a_node_and_of_what_it_needs() -> None:
