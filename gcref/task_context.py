@@ -5,21 +5,22 @@ when an `Executor` is made and when a future is waited for. In every other proce
 module knows neither side, which is what lets the two sides not know each other.
 
     worker runtime ──sets──▶ task_context.current ◀──reads── Executor, ComputeFuture.result()
+                   ──calls─▶       .hand_over     ◀──sets─── Executor.submit()
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
 
 class TaskContext:
     """The surroundings of the running task.
 
-    There is one for each worker process; its runtime changes the last two fields from task to task.
+    There is one for each worker process. Its runtime changes `task_id` and `group` from task to task.
 
     Attributes:
         agent_id: id of the endpoint that this worker belongs to.
@@ -31,9 +32,16 @@ class TaskContext:
             raise `DeadlockError`.
         task_id: id of the running task, `b""` between tasks.
         group: id of the running task's group, `b""` between tasks.
+        submitted: the running task has submitted something; set by the SDK.
+        hand_over: set by the SDK. The runtime calls it before it reports the result of a task that has submitted
+            something, or whose result names futures or references (those are its argument). It returns when the agent
+            has what was submitted, which then is not lost with this process any more; what the result names is kept
+            until the agent has the result. None: the SDK is not in use.
     """
 
-    __slots__ = ("agent_id", "blocking", "bulk_address", "control_address", "group", "party", "task_id")
+    __slots__ = (
+        "agent_id", "blocking", "bulk_address", "control_address", "group", "hand_over", "party", "submitted", "task_id",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -50,6 +58,8 @@ class TaskContext:
         self.blocking = blocking
         self.task_id = b""
         self.group = b""
+        self.submitted = False
+        self.hand_over: Callable[[Sequence[Any]], None] | None = None
 
 
 current: TaskContext | None = None

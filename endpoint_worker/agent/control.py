@@ -667,7 +667,7 @@ class Control:
             else:
                 self._obey([instruction], now)
         self._cancels.worker_gone(worker, now)
-        self._reaching.party_gone(party, now, self._pool.name_of(worker))
+        self._reaching.party_gone(party, now)
 
     def _tasks_started(self, started: dp.Started, now: float) -> None:
         unix = time.time()

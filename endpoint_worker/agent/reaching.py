@@ -282,9 +282,9 @@ class Reaching:
                 if answered_at is not None and now - answered_at >= ASK_HUB_AGAIN_S:
                     self._ask(party)
 
-    def party_gone(self, party: bytes, now: float, worker: str = "") -> None:
+    def party_gone(self, party: bytes, now: float) -> None:
         """It is not expected to come back: what it held falls."""
-        self._take(ev.PartyGone(party, now, worker), now)
+        self._take(ev.PartyGone(party, now), now)
         self._asked.pop(party, None)
         self._held.pop(party, None)
         self._refusals.pop(party, None)

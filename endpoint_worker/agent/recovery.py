@@ -80,16 +80,14 @@ def take_up(
         elif task is not None:
             failure = worker_lost(one.exited, "while the endpoint's agent was down")
             resolver.replay(ev.Ended([task], failure, True))
-    living = [one for one in remains if one.exited is None]
-    for party in recalled.workers - {one.config.party for one in living}:
+    for party in recalled.workers - {one.config.party for one in remains if one.exited is None}:
         resolver.replay(ev.PartyGone(party, now))
     wanted = resolver.wanted_bytes()
     for one in remains:
         _seal(one, wanted, store)
     stored = store.recover(wanted, {worker for worker, *_ in adopted})
     running = {task.id: worker for worker, task, *_ in adopted if task is not None}
-    names = [f"{endpoint}/{one.worker}" for one in living]
-    instructions = resolver.handle(ev.Recovered(running, stored, names, now))
+    instructions = resolver.handle(ev.Recovered(running, stored, now))
     if resolver.objects:
         log.info(
             "recovered %d objects, %d of them in the store; %d workers live, %d of them at work",

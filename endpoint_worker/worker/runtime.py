@@ -13,6 +13,8 @@ Rules:
     - Whatever a task raises is its result. Nothing that a task does keeps the worker from the next one, except the
       death of the process, which the agent sees.
     - A value is encoded before the next task starts, and nothing of a task is kept here after that.
+    - A task that has submitted others is not over before the agent has these (`TaskContext.hand_over`): whatever kills
+      this process afterwards takes nothing along.
 
 The loop costs a few microseconds per task and is written for that; measure with `tests/bench` before adding to it.
 """
@@ -24,7 +26,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from types import CoroutineType
 from typing import Any, Final
@@ -36,12 +38,12 @@ from endpoint_worker.worker.channel import KEEP, LEASE_MARGIN_S, WorkerChannel
 from endpoint_worker.worker.lending import Lender
 from endpoint_worker.worker.output import Output
 from endpoint_worker.worker.page import BLOCKED, START, START_AT, Page
-from endpoint_worker.worker.values import RECENT_MAX, SMALL_BYTES, Kept, Mappings
+from endpoint_worker.worker.values import RECENT_MAX, SMALL_BYTES, Kept, Mappings, resolver
 from gcref import task_context
 from gcref.config import EXCEPTION_MAX_BYTES, INLINE_MAX_BYTES
 from gcref.errors import GcrefError, LocalProtocolError
 from gcref.objects import blob, failure
-from gcref.objects.serialize import dumps, dumps_call, loads, loads_call
+from gcref.objects.serialize import dumps, dumps_call, loads_call
 from gcref.task_context import TaskContext
 from gcref.wire import codec
 from gcref.wire.messages import ALIAS, FAILED, OK, STORED
@@ -117,6 +119,7 @@ class Runtime:
         self._unix_offset = 0.0  # seconds from the monotonic clock to Unix time
         # Of the task that runs.
         self._running: list[Any] | None = None
+        self._named: Sequence[Any] = ()  # the futures and references that its result names
         # What tasks look at.
         self._mappings = Mappings()
         self._kept = Kept()
@@ -179,7 +182,7 @@ class Runtime:
                 continue
             entry = queue.popleft()
             seq, id, attempt, digest, payload, args, deps, flags, group, _walltime_s = entry
-            if deps and not self._has_kept(deps):
+            if deps and not kept.has(deps):
                 self._give_back(entry)
                 continue
             function = functions.get(digest)
@@ -208,6 +211,8 @@ class Runtime:
             context.group = group
             status, value, refs = execute(function, digest, payload, args, deps)
             ended = clock()
+            if context.submitted or self._named:
+                self._hand_over()
             if function is not None:
                 took = ended - started
                 before = function.seconds
@@ -251,7 +256,9 @@ class Runtime:
                 if payload == _NO_ARGUMENTS:
                     call = (None, (), {})
                 else:
-                    call = loads_call(payload, self._resolver(deps) if deps else calls.no_dependency)
+                    call = loads_call(
+                        payload, resolver(deps, self._mappings, self._kept) if deps else calls.no_dependency
+                    )
                 fn, arguments, keywords = call
                 if function is not None:
                     fn = function.call or function.load()
@@ -266,11 +273,13 @@ class Runtime:
                 if type(value) is CoroutineType:
                     value = calls.run_coroutine(value)
                 if calls.is_future(type(value)):
+                    self._named = (value,)
                     return ALIAS, value.ref().pack(), None
             try:
                 encoded = dumps(value)
             except GcrefError as error:
                 return FAILED, failure.from_error(error), None
+            self._named = encoded.named
             if encoded.size <= INLINE_MAX_BYTES:
                 return OK, b"".join(encoded.parts), encoded.refs or None
             return STORED, self._store(encoded), encoded.refs or None
@@ -284,6 +293,14 @@ class Runtime:
             calls.forget_frames(error)
             return FAILED, told, None
 
+    def _hand_over(self) -> None:
+        """What the task has submitted lies in this process still, and would be lost with it."""
+        context = self._context
+        named, self._named = self._named, ()
+        context.submitted = False
+        if context.hand_over is not None:
+            context.hand_over(named)
+
     def _map_arguments(self, payload: Any, args: list[Any] | None, deps: list[Any]) -> Any:
         """Take up the grants of the entry; gives the blob of the arguments."""
         mappings = self._mappings
@@ -294,28 +311,6 @@ class Runtime:
             return payload
         mappings.started(args[0])
         return mappings.map(args)
-
-    def _resolver(self, deps: list[Any]) -> Callable[[int], Any]:
-        values: dict[int, Any] = {}
-
-        def resolve(index: int) -> Any:
-            if index in values:
-                return values[index]
-            dep = deps[index]
-            if type(dep) is bytes:
-                value = loads(dep)
-            elif len(dep) > 1:
-                value = loads(self._mappings.map(dep))
-            else:
-                value = loads(self._kept.get(dep[0]) or b"")  # it is there: `_has_kept`
-            values[index] = value
-            return value
-
-        return resolve
-
-    def _has_kept(self, deps: list[Any]) -> bool:
-        kept = self._kept
-        return all(type(dep) is bytes or len(dep) > 1 or kept.get(dep[0]) is not None for dep in deps)
 
     def _store(self, encoded: blob.Encoded) -> list[Any]:
         """Write a large result to where the agent says: `[path, size]`.

@@ -18,9 +18,11 @@ import os
 import resource
 import zlib
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from typing import Any, Final
 
 from gcref.errors import LostReason, ObjectLostError
+from gcref.objects.serialize import loads
 
 # After each task so many of the mappings that could not be closed are tried again.
 _RETRY_COUNT: Final = 8
@@ -238,6 +240,30 @@ class Kept:
     def get(self, id: bytes) -> bytes | None:
         """The blob of a result, if it is (still) kept."""
         return self.recent.get(id) or self._older.get(id) or self._large.get(id)
+
+    def has(self, deps: list[Any]) -> bool:
+        """Whether all dependencies of an entry are here that are named by [id] alone."""
+        return all(type(dep) is bytes or len(dep) > 1 or self.get(dep[0]) is not None for dep in deps)
+
+
+def resolver(deps: list[Any], mappings: Mappings, kept: Kept) -> Callable[[int], Any]:
+    """What gives the values of an entry's dependencies by their index, each unpickled once; `kept.has` them all."""
+    values: dict[int, Any] = {}
+
+    def resolve(index: int) -> Any:
+        if index in values:
+            return values[index]
+        dep = deps[index]
+        if type(dep) is bytes:
+            value = loads(dep)
+        elif len(dep) > 1:
+            value = loads(mappings.map(dep))
+        else:
+            value = loads(kept.get(dep[0]) or b"")
+        values[index] = value
+        return value
+
+    return resolve
 
 
 def _read_all(fd: int, size: int) -> bytes:

@@ -11,9 +11,8 @@ What an event brings about is collected (`out`, `ready`, `notify`, …) and turn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from hmac import compare_digest
-from operator import itemgetter
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
@@ -42,7 +41,6 @@ from gcref.wire import messages as m
 
 REF_BYTES: Final = 48
 UNCLAIMED: Final = Group(b"", b"", b"", b"")  # of a task whose SUBMIT has not come
-ORPHAN_S: Final = 1.0  # what a worker had sent just before it died has arrived by then
 TOMBSTONES_MAX: Final = (
     500_000  # in each of two generations: older releases are then answered "never submitted"
 )
@@ -226,10 +224,7 @@ class Graph:
         extra.subscribed = True
         self.homes.add(obj.home)
         have = obj.attempt if obj.state == DONE else None
-        item = [obj.id, extra.token or None, have, confirm]
-        if extra.orphaned and not extra.submitted:
-            item.append(True)
-        self.subscribes.setdefault(obj.home, []).append(item)
+        self.subscribes.setdefault(obj.home, []).append([obj.id, extra.token or None, have, confirm])
 
     def pin_confirmed(self, obj: Obj) -> None:
         """Results that contain a reference to `obj` may be told now."""
@@ -325,8 +320,6 @@ class Graph:
         for at in range(0, len(refs), REF_BYTES):
             new = refs[at : at + 16] not in self.objects
             inner = self.reference(refs, at, who)
-            if new:
-                self._note_promise(inner, obj)
             known = inner.extra is None or inner.extra.confirmed or inner.state >= DONE
             if inner.home == self.me or inner.extra is None or known:
                 continue
@@ -438,10 +431,7 @@ class Graph:
         """`obj` is whatever the reference is: subscribers are redirected, chains collapse, a cycle fails."""
         group = obj.group
         who = ev.Who(b"", "worker", group.owner if group is not None else b"", "client")
-        new = ref[:16] not in self.objects
         target = self.reference(ref, 0, who)
-        if new:
-            self._note_promise(target, obj)
         end = self.resolve(target)
         if end is obj:
             self.drop(target)
@@ -577,45 +567,6 @@ class Graph:
         if len(young) > TOMBSTONES_MAX:
             self.graves = ({}, young)
 
-    # ------------------------------------------------------------------------------------------------ orphans
-
-    def _note_promise(self, obj: Obj, result: Obj) -> None:
-        """The result of a task here is the first to name `obj`: if it was not submitted, the task's worker is about to."""
-        if result.home != self.me or result.record is None or self.objects.get(obj.id) is not obj:
-            return
-        obj.extra = obj.extra or Extra()
-        obj.extra.promised_by = result.record[3]
-
-    def orphan(self, is_dead: Callable[[str], bool]) -> None:
-        """Workers are dead: what their results named, and has not been submitted by now, hardly ever will be."""
-        ours = []
-        for obj in self.objects.values():
-            extra = obj.extra
-            if extra is None or extra.promised_by is None or obj.state >= DONE or extra.orphaned:
-                continue
-            if not is_dead(extra.promised_by):
-                continue
-            if obj.home == self.me:
-                ours.append(obj.id)
-            elif not extra.submitted:  # its home alone knows whether somebody else did
-                extra.orphaned = True
-                self.subscribe_to(obj)
-        self.expect_little(ours)
-
-    def expect_little(self, ids: Iterable[bytes]) -> None:
-        """Whoever was to submit these is dead: those that are unknown have `ORPHAN_S` left."""
-        some = False
-        for id in ids:
-            if id not in self.unknown:
-                continue
-            obj = self.objects[id]
-            obj.extra = obj.extra or Extra()
-            if not obj.extra.orphaned:
-                obj.extra.orphaned = some = True
-                self.unknown[id] = self.now + ORPHAN_S
-        if some:
-            self.unknown = dict(sorted(self.unknown.items(), key=itemgetter(1)))
-
     def expire(self, now: float) -> None:
         """Time has passed: give up what nobody submitted, forget old releases."""
         self.now = now
@@ -623,16 +574,9 @@ class Graph:
             if deadline > now:
                 break
             del self.unknown[id]
-            extra = self.objects[id].extra
-            if extra is not None and extra.orphaned:
-                text = "the worker died after its task had returned the future of this one, and before this one was submitted"
-                # Not LOST: whoever hears of that takes it for an ObjectLostError.
-                state, failed = FAILED, failures.make("WorkerLostError", text)
-            else:
-                text = f"nobody submitted this object within {self._unknown_object_s:g} s"
-                reason = LostReason.NEVER_SUBMITTED.value
-                state, failed = LOST, failures.make("ObjectLostError", text, reason=reason)
-            self.end(self.objects[id], state, None, 0, failed)
+            text = f"nobody submitted this object within {self._unknown_object_s:g} s"
+            reason = LostReason.NEVER_SUBMITTED.value
+            self.end(self.objects[id], LOST, None, 0, failures.make("ObjectLostError", text, reason=reason))
         if self.graves_turn_at is not None and now >= self.graves_turn_at:
             self.graves = ({}, self.graves[0])
             self.graves_turn_at = now + self._lease_s if self.graves[1] else None

@@ -12,6 +12,7 @@ class Peer:
     """What is known of one party.
 
     Attributes:
+        asking: the next `flush` asks it what it has taken.
         party: its id.
         session: the streams.
         links: dialled and accepted ones.
@@ -28,7 +29,7 @@ class Peer:
     """
 
     __slots__ = (
-        "addresses", "announced", "best", "dirty", "fresh", "kind", "links", "owner_key", "party", "python",
+        "addresses", "announced", "asking", "best", "dirty", "fresh", "kind", "links", "owner_key", "party", "python",
         "resend_to", "session",
     )  # fmt: skip
 
@@ -45,6 +46,7 @@ class Peer:
         self.addresses: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
         self.dirty = False
         self.resend_to = 0
+        self.asking = False
 
     @property
     def link_up(self) -> LinkState | None:

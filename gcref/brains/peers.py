@@ -207,6 +207,9 @@ class Peers:
             out += [Transmit(link, frame) for frame in session.cut(now)]
         if session.ack_at <= now:
             out.append(Transmit(link, session.ack_frame()))
+        if peer.asking and peer.link_up is not None:
+            peer.asking = False
+            out.append(Transmit(link, peer.link_up.ping_frame(session, now)))
         if session.resend_at < self._deadline:
             self._deadline = session.resend_at
 
@@ -255,6 +258,18 @@ class Peers:
             return sum(peer.session.pending for peer in self._peers.values())
         peer = self._peers.get(party)
         return 0 if peer is None else peer.session.pending
+
+    def sent(self, party: bytes) -> int:
+        """How many messages were ever sent to a party, those that wait here included."""
+        peer = self._peers.get(party)
+        return 0 if peer is None else peer.session.appended
+
+    def ask(self, party: bytes) -> None:
+        """Have a party say at once what it has taken, behind what the next `flush` sends it: somebody waits for that."""
+        peer = self._peers.get(party)
+        if peer is not None:
+            peer.asking = True
+            self._touch(peer)
 
     def backlog_bytes(self, party: bytes) -> int:
         """Bytes of the messages that a party has not acknowledged, those that wait here included."""
@@ -589,6 +604,7 @@ class Peers:
     def _ping(self, peer: Peer, link: LinkState, packet: Packet, now: float) -> None:
         self._heed_ack(peer, packet, now)
         n = packet[5][0] if packet[5] else 0
+        peer.session.ack_said()
         self._soon.append(
             Transmit(link.id, control_frame(PONG, peer.session, [pack(n if type(n) is int else 0)]))
         )

@@ -263,7 +263,6 @@ class Recovery:
         """The graph is as the journal tells it; now it meets the world."""
         graph = self._graph
         graph.now = event.now
-        graph.orphan(lambda worker: worker not in event.workers)
         gone = self._compare(event.stored)
         for obj in graph.objects.values():
             obj.waiters = None

@@ -344,8 +344,7 @@ class Resolver:
         who, party = event.who, event.who.party
         self._graph.now = event.now
         told = self._graph.notify.setdefault(party, [])
-        orphans = []
-        for id, token, have, confirm, *more in event.items:
+        for id, token, have, confirm, *_ in event.items:
             obj = self._graph.objects.get(id)
             if event.home != self._graph.me:
                 if obj is None:
@@ -365,8 +364,6 @@ class Resolver:
                 obj.pins |= {party}
                 if confirm:
                     told.append(self._graph.item(obj))
-                if more and more[0]:
-                    orphans.append(id)
                 continue
             # What was never submitted has no owner, and no bytes: that it is cancelled, or lost, anybody may hear.
             if obj.group is not None and not self._graph.may_read(obj, who, token):
@@ -388,8 +385,6 @@ class Resolver:
                 )
             ):
                 told.append(self._graph.item(obj))
-        if orphans:
-            self._graph.expect_little(orphans)
         self._graph.settle()
 
     def _unsubscribed(self, event: ev.Unsubscribed) -> None:
@@ -442,8 +437,6 @@ class Resolver:
                     self._graph.garbage.append(obj)
             if obj.extra is not None and obj.extra.cachers:
                 obj.extra.cachers.discard(party)
-        if event.worker:
-            self._graph.orphan(lambda worker: worker == event.worker)
         self._graph.settle()
 
     # -------------------------------------------------------------------------------------------- ends of tasks

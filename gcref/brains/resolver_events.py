@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from gcref.brains.tasks import Obj, Task
@@ -151,11 +150,10 @@ class Evicted(NamedTuple):
 
 
 class PartyGone(NamedTuple):
-    """A party is gone for good: its pins fall. `worker`: the dead worker whose tasks' SDK it was; else empty."""
+    """A party is gone for good: its pins fall."""
 
     party: bytes
     now: float
-    worker: str = ""
 
 
 class HomeLost(NamedTuple):
@@ -198,13 +196,11 @@ class Recovered(NamedTuple):
     Attributes:
         running: task id → number of the adopted worker that is running its present attempt.
         stored: object id → (attempt, size in bytes) of what the store really has.
-        workers: the names of those that live, as in `Finished`.
         now: monotonic seconds of this process.
     """
 
     running: dict[bytes, int]
     stored: dict[bytes, tuple[int, int]]
-    workers: Collection[str]
     now: float
 
 

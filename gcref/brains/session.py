@@ -78,6 +78,7 @@ class Session:
         epoch: the epoch of the stream to the peer.
         next_seq: the number that the next message will get.
         acked: the peer has taken all numbers up to this.
+        appended: messages that were ever appended, in all epochs.
         unacked_bytes: bytes of the packets that are not acknowledged.
         queued_bytes: bytes of the messages that wait for credit or a link.
         peer_epoch: the epoch of the stream from the peer; 0: not met yet.
@@ -96,6 +97,7 @@ class Session:
         "_unreported",
         "ack_at",
         "acked",
+        "appended",
         "duplicates",
         "epoch",
         "next_seq",
@@ -110,6 +112,7 @@ class Session:
         self.epoch = epoch
         self.next_seq = 1
         self.acked = 0
+        self.appended = 0
         self.unacked_bytes = 0
         self.queued_bytes = 0
         self.peer_epoch = 0
@@ -134,6 +137,7 @@ class Session:
     def append(self, body: bytes) -> None:
         """Queue a packed message."""
         self._queue.append(body)
+        self.appended += 1
         self.queued_bytes += len(body)
 
     def cut(self, now: float) -> list[bytes]:

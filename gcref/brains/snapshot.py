@@ -36,7 +36,7 @@ from gcref.brains.tasks import (
     Task,
 )
 
-VERSION: Final = 3
+VERSION: Final = 4
 BATCH: Final = 256
 """Objects in one row."""
 IDS_BATCH: Final = 65_536
@@ -45,9 +45,9 @@ IDS_BATCH: Final = 65_536
 _AnyObj = TypeVar("_AnyObj", bound=Obj)
 
 _ID_BYTES: Final = 16
-_FLAGS: Final = ("submitted", "subscribed", "confirmed", "at_home", "pulling", "orphaned", "put")
+_FLAGS: Final = ("submitted", "subscribed", "confirmed", "at_home", "pulling", "put")
 _DEFAULT: Final = [0, None, None]  # the row of DEFAULT_OPTIONS
-_PLAIN: Final = ("token", "unconfirmed", "relay", "newer", "tries", "promised_by")
+_PLAIN: Final = ("token", "unconfirmed", "relay", "newer", "tries")
 
 
 def dump(graph: Graph) -> Iterator[list[Any]]:

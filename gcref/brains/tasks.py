@@ -66,9 +66,7 @@ class Extra:
         cachers: parties that keep a copy without a pin.
         target: the object that this one is an alias of.
         aliases: objects that are aliases of this one.
-        promised_by: the worker whose result named this object before its SUBMIT had come here.
         put: it was put or uploaded, where somebody had asked for it before: it has the form of a task, and is none.
-        orphaned: that worker died first, here or at the site that subscribes: its SUBMIT hardly comes any more.
         awaited_by: objects whose outcome waits until our pin on this one is confirmed.
         unconfirmed: how many pins this object's own outcome waits for; `deferred` is that outcome.
         claims: (who, token) of those that subscribed before the object's SUBMIT came.
@@ -89,8 +87,6 @@ class Extra:
         "deferred",
         "moved",
         "newer",
-        "orphaned",
-        "promised_by",
         "pulling",
         "put",
         "relay",
@@ -113,8 +109,6 @@ class Extra:
         self.cachers: set[bytes] | None = None
         self.target: Obj | None = None
         self.aliases: list[Obj] | None = None
-        self.promised_by: str | None = None
-        self.orphaned = False
         self.put = False
         self.awaited_by: list[Obj] | None = None
         self.unconfirmed = 0

@@ -26,6 +26,8 @@ from gcref.errors import ProtocolError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from gcref.objects.ref import ObjectRef
+
 VERSION: Final = 1
 HEADER_BYTES: Final = 16
 REF_BYTES: Final = 48
@@ -53,11 +55,13 @@ class Encoded(NamedTuple):
         parts: pieces of one byte per item, in order.
         size: bytes of the blob.
         refs: 48 bytes for each reference in the value, as they stand in the blob.
+        named: these references; while they live, so does what they refer to.
     """
 
     parts: Sequence[bytes | bytearray | memoryview]
     size: int
     refs: bytes
+    named: Sequence[ObjectRef] = ()
 
 
 class Layout(NamedTuple):
@@ -75,20 +79,23 @@ class Layout(NamedTuple):
 
 
 def encode(
-    stream: Sequence[bytes | bytearray | memoryview], buffers: Sequence[memoryview] = (), refs: bytes = b""
+    stream: Sequence[bytes | bytearray | memoryview],
+    buffers: Sequence[memoryview] = (),
+    named: Sequence[ObjectRef] = (),
 ) -> Encoded:
     """Lay out a blob.
 
     Args:
         stream: the pickle stream, in pieces.
         buffers: its out-of-band buffers, of one byte per item.
-        refs: 48 bytes for each reference in the value.
+        named: the references in the value.
     """
-    n_refs = len(refs) // REF_BYTES
+    n_refs = len(named)
+    refs = b"".join([ref.pack() for ref in named])
     header = _HEADER.pack(b"GCB", VERSION, 0, n_refs, len(buffers))
     stream_size = sum(map(len, stream))
     if not buffers:
-        return Encoded([header, refs, *stream], HEADER_BYTES + len(refs) + stream_size, refs)
+        return Encoded([header, refs, *stream], HEADER_BYTES + len(refs) + stream_size, refs, named)
     at = HEADER_BYTES + len(refs) + _ENTRY.size * (1 + len(buffers))
     table = [_ENTRY.pack(at, stream_size)]
     at += stream_size
@@ -100,7 +107,7 @@ def encode(
         at += len(buffer)
         body.append(padding)
         body.append(buffer)
-    return Encoded([header, refs, b"".join(table), *stream, *body], at, refs)
+    return Encoded([header, refs, b"".join(table), *stream, *body], at, refs, named)
 
 
 def join(encoded: Encoded) -> bytes:

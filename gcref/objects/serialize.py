@@ -103,7 +103,7 @@ def dumps(value: Any) -> Encoded:
     notes.kind = CLOSED
     if _STACK_GLOBAL not in stream and not notes.met and not notes.buffers:
         parts = (PLAIN_HEADER + stream,) if len(stream) <= _CUT_MAX_BYTES else (PLAIN_HEADER, stream)
-        return _tuple(Encoded, (parts, HEADER_BYTES + len(stream), b""))
+        return _tuple(Encoded, (parts, HEADER_BYTES + len(stream), b"", ()))
     by_value = names_what_lives_only_here((stream,))
     if by_value or COPIED_ARRAY in stream:
         notes.clear()
@@ -147,7 +147,7 @@ def dumps_call(fn: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dic
     # What has no name in it is all plain data: no future, no reference, nothing that lives only here.
     if _STACK_GLOBAL not in stream and not notes.met and not notes.buffers:
         parts = (PLAIN_HEADER + stream,) if len(stream) <= _CUT_MAX_BYTES else (PLAIN_HEADER, stream)
-        encoded = _tuple(Encoded, (parts, HEADER_BYTES + len(stream), b""))
+        encoded = _tuple(Encoded, (parts, HEADER_BYTES + len(stream), b"", ()))
         return _tuple(Call, (encoded, (), ()))
     by_value = names_what_lives_only_here((stream,))
     if by_value or COPIED_ARRAY in stream:
@@ -265,10 +265,10 @@ def _dumps_call_with_care(body: tuple[Any, ...], plain_first: bool) -> Call:
 
 
 def _take_value(notes: Notes, stream: Sequence[bytes]) -> Encoded:
-    refs = b"".join([ref.pack() for ref in notes.refs.values()])
+    named = list(notes.refs.values())
     buffers = [buffer.raw() for buffer in notes.buffers]
     notes.clear()
-    return blob.encode(stream, buffers, refs)
+    return blob.encode(stream, buffers, named)
 
 
 def _take_call(notes: Notes, stream: Sequence[bytes]) -> Call:

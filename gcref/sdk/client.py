@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log: Final = logging.getLogger("gcref.sdk")
 
-_NO_SECRET: Final = bytes(32)
+NO_SECRET: Final = bytes(32)
 
 
 class FutureLane(Lane):
@@ -159,7 +159,7 @@ class Client:
         """A future for what a reference refers to."""
         loop, home = self._enter(), reference._home
         try:
-            lane = FutureLane(loop, home, bytes(16), _NO_SECRET, {}, 1)
+            lane = FutureLane(loop, home, bytes(16), NO_SECRET, {}, 1)
             return loop.open(reference._id, home, reference._token, lane)
         finally:
             self._leave(loop)

@@ -195,6 +195,8 @@ class Executor(concurrent.futures.Executor):
         loop.queue.append(wish)
         if loop.asleep:
             loop.wake()
+        if loop.context is not None:
+            loop.context.submitted = True
         return future
 
     def _with_references(
@@ -263,9 +265,7 @@ class Executor(concurrent.futures.Executor):
         self._check()
         encoded = serialize.dumps(value)
         # What the value refers to is pinned by its home; futures here must live until that is done.
-        loop, refs = self._core.loop, encoded.refs
-        kept = [loop.future_of(refs[at : at + 16]) for at in range(0, len(refs), blob.REF_BYTES)]
-        return self._put(encoded, tuple(kept))
+        return self._put(encoded, tuple(encoded.named))
 
     def _put(self, encoded: blob.Encoded, kept: tuple[Any, ...]) -> ComputeFuture[Any]:
         from gcref.brains import submitter_events as ev
@@ -279,6 +279,8 @@ class Executor(concurrent.futures.Executor):
             data = blob.join(encoded)
         offered = ev.Offered([(lane, id, encoded.size, data, kept, _ref(future))], time.monotonic())
         lane.client.post(offered)
+        if lane.client.context is not None:
+            lane.client.context.submitted = True
         return future
 
     def map(
@@ -447,7 +449,7 @@ class Executor(concurrent.futures.Executor):
         told = False
         with lending.while_waiting(None):
             while not ended.wait(SAY_SO_AFTER_S):
-                text = "" if told else loop.out_of_reach(root.home)[1]
+                text = "" if told else loop.questions.out_of_reach(root.home)[1]
                 if text:
                     log.warning("shutdown waits for %d tasks: %s", root.open, text)
                     told = True

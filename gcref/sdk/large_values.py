@@ -105,6 +105,14 @@ class LargeValues:
         """Whether something is being fetched."""
         return bool(self._pulls)
 
+    def uploads(self) -> list[bytes]:
+        """What was offered and has not been fetched yet."""
+        return self._uploads.ids()
+
+    def is_uploading(self, id: bytes) -> bool:
+        """Whether that was offered and has not been fetched yet."""
+        return id in self._uploads
+
     def forget_uploads(self, ids: Iterable[bytes]) -> None:
         """An endpoint has these."""
         for id in ids:

@@ -38,6 +38,7 @@ from gcref.sdk.agent_process import AgentProcess
 from gcref.sdk.backlog import Backlog
 from gcref.sdk.callbacks import Caller
 from gcref.sdk.future import ComputeFuture
+from gcref.sdk.handover import Handover
 from gcref.sdk.large_values import LargeValues
 from gcref.sdk.questions import Questions
 from gcref.sdk.reaching import Reaching
@@ -88,6 +89,7 @@ class Loop:
     Attributes:
         queue: what user's threads want.
         asleep: the thread waits, and has to be woken for what is put into the queue.
+        context: inside a task: its surroundings.
         users: executors that may use it still; guarded by the client.
         peers: the sessions; the thread's own.
     """
@@ -108,6 +110,7 @@ class Loop:
         self.queue: deque[Any] = deque()
         self.asleep = False
         self.hub = hub
+        self.context = context
         self.where = Whereabouts(carriers, context, hub)
         self.users = 0
         self._may_end = may_end
@@ -119,9 +122,10 @@ class Loop:
         self._broken: str | None = None
         self._brain = Submitter(self._relay, endpoint_lost_s=endpoint_lost_s)
         self._caller = Caller()
-        self._held: dict[bytes, ComputeFuture[Any]] = {}
+        self._held: dict[bytes, tuple[Any, ...]] = {}
         self.large = LargeValues(self, keys, self._relay, endpoint_lost_s)
         self.questions = Questions(self, self._brain)
+        self._handover = None if context is None else Handover(self, self._brain, context)
         self._quiet: dict[Lane, list[Callable[[], None]]] = {}
         self._due_at: float | None = None  # when the brain is to be told the time
         self.reaching = Reaching(self, keys.public)
@@ -194,9 +198,9 @@ class Loop:
         if self._calm:
             self.wake()
 
-    def hold(self, future: ComputeFuture[Any]) -> None:
-        """Keeps a future alive until it ends."""
-        self._held[future._id] = future
+    def hold(self, future: ComputeFuture[Any], *others: Any) -> None:
+        """Keeps a future, and others with it, alive until it ends."""
+        self._held[future._id] = (future, *others, *self._held.get(future._id, ()))
 
     def call_soon(self, fn: Callable[..., None], *args: Any) -> None:
         """Calls `fn` on the callback thread."""
@@ -206,13 +210,13 @@ class Loop:
         """Asks for these tasks not to run, and waits for the answer: a second at the most."""
         return self.questions.cancel(ids, force)
 
-    def open(self, id: bytes, home: bytes, token: bytes, lane: Any) -> ComputeFuture[Any]:
+    def open(self, id: bytes, home: bytes, token: bytes | None, lane: Any) -> ComputeFuture[Any]:
         """A future for an object that exists elsewhere; the one that is there already, if there is one.
 
         Args:
             id: of the object.
             home: its home.
-            token: the right to read it.
+            token: the right to read it; None: this client may do so without one.
             lane: what the future is told to belong to.
         """
         self.check()
@@ -246,19 +250,6 @@ class Loop:
     def entries(self) -> list[Entry]:
         """All objects that futures here stand for, in the order in which they came; on the I/O thread."""
         return list(self._brain.entries.values())
-
-    def out_of_reach(self, home: bytes) -> tuple[float, str]:
-        """For how long an endpoint has been out of reach, seconds, and why; 0 while it is not, or nobody needs it.
-
-        Any thread may ask; the answer may be out of date at once.
-        """
-        party = self._relay or home
-        peer = self._brain.peers.get(party)
-        if peer is None or peer.state not in (CONNECTING, DOWN):
-            return 0.0, ""
-        away_s = time.monotonic() - peer.since
-        reason = f" ({peer.trouble})" if peer.trouble else ""
-        return away_s, f"{self.where.name_of(party)} has been out of reach for {away_s:.0f} s{reason}"
 
     def start_process(self, process: AgentProcess) -> None:
         """Watches an agent that was started for this client alone."""
@@ -354,6 +345,8 @@ class Loop:
                 for fn in waiting:
                     fn()
             self.large.end_all(lambda: EndpointLostError(str(self._broken)))
+            if self._handover is not None:
+                self._handover.end_all()
 
     def _set_up(self) -> None:
         from gcref.brains import peers as pe
@@ -391,6 +384,8 @@ class Loop:
         now = time.monotonic()
         if self._due_at is not None and self._due_at <= now:
             self.tell(ev.Tick(now))
+        if self._handover is not None:
+            self._handover.look()
         self._obey(self.peers.flush(now))
         if self._backlog.is_due and self._backlog.look(self.peers):
             self._obey(self.peers.flush(time.monotonic()))
@@ -434,6 +429,8 @@ class Loop:
             due.append(self._ending[0])
         elif self._idle_at is not None:
             due.append(self._idle_at + LINGER_S)
+        if self._handover is not None and (at := self._handover.deadline) is not None:
+            due.append(at)
         if self._dropped_at + DROPS_EVERY_S > now:
             due.append(self._dropped_at + DROPS_EVERY_S)
         else:
@@ -532,6 +529,8 @@ class Loop:
                 self.tell(ev.Unsendable([task[0] for task in send.message[6]], failures.from_error(error)))
         else:
             self._backlog.sent(send.peer)
+            if self._handover is not None and send.message[0] in (m.SUBMIT, m.OFFER):
+                self._handover.sent_submit()
 
     def _settle(self, settle: ev.Settle) -> None:
         ends = self._ends

@@ -64,7 +64,7 @@ class PrivateEndpoint:
     def wait_at_exit(self, loop: Loop) -> None:
         """Waits for its end; the interpreter ends, so an agent that does not answer is given up soon."""
         while not self.ended.wait(LOOK_EVERY_S):
-            away_s, text = loop.out_of_reach(self.process.id)
+            away_s, text = loop.questions.out_of_reach(self.process.id)
             patience_s = config.EXIT_FLUSH_S if loop.where.has_answered(self.process.id) else START_WAIT_S
             if away_s > patience_s and not self._given_up:
                 self._given_up = True

@@ -1,4 +1,4 @@
-"""What user's threads ask the I/O thread, and wait for: to cancel tasks, and how a task stands.
+"""What user's threads ask: to cancel tasks, how a task stands, whether its home is there. The I/O thread mostly answers.
 
 cancel, explain ──► Request ──► post ──► Submitter ──► CANCEL, EXPLAIN ──► endpoint ──► Answer ──► Request
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gcref import config
 from gcref.brains import submitter_events as ev
+from gcref.brains.submitter_table import CONNECTING, DOWN
 from gcref.sdk.explain import WAIT_S as EXPLAIN_WAIT_S
 from gcref.sdk.explain import explain, facts_of
 from gcref.sdk.lending import has_running_loop
@@ -70,6 +71,20 @@ class Questions:
             return request
 
         return explain(future, ask, loop.where, 0.0 if loop.is_io_thread() else EXPLAIN_WAIT_S)
+
+    def out_of_reach(self, home: bytes) -> tuple[float, str]:
+        """For how long an endpoint has been out of reach, seconds, and why; 0 while it is not, or nobody needs it.
+
+        The answer may be out of date at once.
+        """
+        loop = self._loop
+        party = home if loop.context is None else loop.context.agent_id
+        peer = self._brain.peers.get(party)
+        if peer is None or peer.state not in (CONNECTING, DOWN):
+            return 0.0, ""
+        away_s = time.monotonic() - peer.since
+        reason = f" ({peer.trouble})" if peer.trouble else ""
+        return away_s, f"{loop.where.name_of(party)} has been out of reach for {away_s:.0f} s{reason}"
 
     def ask_explain(self, id: bytes, request: Request, peers: Peers) -> None:
         """Asks the home of an object how it stands; on the I/O thread."""

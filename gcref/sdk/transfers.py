@@ -61,14 +61,25 @@ class Uploads:
 
     def __init__(self) -> None:
         self._items: weakref.WeakValueDictionary[bytes, Upload] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()  # held while entries come or are counted; they vanish without it
 
     def add(self, upload: Upload) -> None:
         """Makes an upload available."""
-        self._items[upload.id] = upload
+        with self._lock:
+            self._items[upload.id] = upload
+
+    def ids(self) -> list[bytes]:
+        """All that endpoints do not have yet."""
+        with self._lock:
+            return list(self._items)
+
+    def __contains__(self, id: bytes) -> bool:
+        return id in self._items
 
     def forget(self, id: bytes) -> None:
         """The endpoint has it."""
-        upload = self._items.pop(id, None)
+        with self._lock:
+            upload = self._items.pop(id, None)
         if upload is not None:
             upload.data = b""
 

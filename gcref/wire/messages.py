@@ -290,8 +290,6 @@ def _subscribe(message: list[Any]) -> None:
         id, token, attempt, confirm = item if len(item) == 4 else item[:4]
         if not (_is_id(id) and type(confirm) is bool and (attempt is None or _is_count(attempt))):
             _wrong(message, "an item")
-        if len(item) > 4 and type(item[4]) is not bool:
-            _wrong(message, "orphaned of an item")
         if token is not None and not (type(token) is bytes and len(token) == TOKEN_BYTES):
             _wrong(message, "token of an item")
 

@@ -218,7 +218,7 @@ def _is_explained(case: Case, node: Node, kind: str) -> bool:
         )
     if any(_may_have_ended_in(case, n, kind) for n in node.refs):
         return True
-    if kind == WORKER_LOST and (_lost_its_workers(case, node) or _lost_its_tail_call(case, node)):
+    if kind == WORKER_LOST and _lost_its_workers(case, node):
         return True
     if kind == FULL and _store_was_full(case, node):
         return True
@@ -258,22 +258,6 @@ def _lost_its_workers(case: Case, node: Node) -> bool:
     ]
     planned = min(node.deaths, len(case.starts(node.number))) if node.kind is Kind.DIE else 0
     return len(deaths) + len(stops) + planned > node.retries
-
-
-def _lost_its_tail_call(case: Case, node: Node) -> bool:
-    """Whether the process that returned a future died before the task inside it ran: perhaps before it was submitted."""
-    if node.kind is not Kind.TAIL or node.inner is None or case.starts(node.inner):
-        return False
-    returned = case.completions(node.number)
-    return bool(returned) and any(_died_after(case, node, entry) for entry in returned)
-
-
-def _died_after(case: Case, node: Node, returned: Entry) -> bool:
-    pid, at = returned["pid"], returned["at"]
-    if case.died_at(returned) is not None:
-        return True
-    dying = (n for n in case.graph.nodes if n.kind is Kind.DIE and n.site == node.site)
-    return any(start["pid"] == pid and start["at"] > at for n in dying for start in case.starts(n.number))
 
 
 def _store_was_full(case: Case, node: Node) -> bool:

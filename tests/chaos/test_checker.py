@@ -390,19 +390,17 @@ def test_who_runs_again_after_a_stop_may() -> None:
     assert ("runs_within_attempts", B) in {(found.law, found.node) for found in check(GRAPH, entries)}
 
 
-def test_a_tail_call_may_be_lost_with_its_worker_until_the_task_inside_runs() -> None:
+def test_a_tail_call_is_lost_like_any_other_task() -> None:
+    """It ends when its agent has what it submitted; a death after that takes nothing along, one before uses an attempt."""
     entries = faultless(GRAPH)
-    entry(entries, TAIL, "effect", effect="started")["pid"] = PID + 5
-    entry(entries, TAIL, "effect", effect="ended")["pid"] = PID + 5
-    entry(entries, TAIL, "end").update(outcome="error", type="WorkerLostError", text="never submitted")
-    inner = [e for e in entries if e.get("node") == INNER]
-    without = [e for e in entries if e not in inner]
-    found = ("errors_are_explained", TAIL)
-    assert found in {(v.law, v.node) for v in check(GRAPH, without)}, "its process lives"
-    at = entry(entries, TAIL, "end")["at"] - 0.1
-    death = killed_worker(at, 0, PID + 5)
-    assert check(GRAPH, [*without, death]) == []
-    assert found in {(v.law, v.node) for v in check(GRAPH, [*entries, death])}, "the task inside has run"
+    entry(entries, TAIL, "end").update(outcome="error", type="WorkerLostError", text="its process died")
+    without = [e for e in entries if e.get("node") != INNER]
+    ended = entry(entries, TAIL, "end")["at"]
+    deaths = [killed_worker(ended - 0.1 * i, 0, PID + 5 + i) for i in (1, 2)]
+    for count in range(2):
+        told = {(v.law, v.node) for v in check(GRAPH, [*without, *deaths[:count]])}
+        assert ("errors_are_explained", TAIL) in told
+    assert check(GRAPH, [*without, *deaths]) == []
 
 
 def test_the_story_tells_of_a_node_and_of_what_it_needs() -> None:

@@ -15,11 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
-from endpoint_worker.worker.page import Page
-from endpoint_worker.worker.remains import results_of
 from gcref import Executor
 from gcref.errors import WalltimeExceededError, WorkerLostError
-from gcref.wire.messages import ALIAS
 from tests.support.deaths import note, runs, wait_forever
 from tests.support.endpoints import host_folder, worker_pids
 from tests.support.named import NamedEndpoint, running
@@ -53,7 +50,18 @@ def hand_over(path: str, gate: Gate, site: str) -> Any:
     """A tail call: the task's value is that of another one, at that site."""
     note(path)
     hold(gate)
-    return Executor(site).submit(abs, -42)
+    future = Executor(site).submit(abs, -42)
+    note(path + "-submitted")
+    return future
+
+
+def leave_a_task_behind(path: str, gate: Gate, left: str) -> str:
+    """It submits a task that nobody waits for."""
+    note(path)
+    hold(gate)
+    Executor().submit(note, left)
+    note(path + "-submitted")
+    return "left"
 
 
 def make_large(path: str, gate: Gate) -> np.ndarray:
@@ -83,23 +91,47 @@ def test_f2_a_task_that_has_lent_its_slot(polaris: NamedEndpoint, tmp_path: Path
 
 
 @pytest.mark.parametrize("site", ["polaris", "midway"])
+@pytest.mark.parametrize("retries", [0, 1])
 def test_f2_a_tail_call_whose_worker_dies_before_an_agent_has_heard_of_it(
-    polaris: NamedEndpoint, tmp_path: Path, site: str
+    polaris: NamedEndpoint, tmp_path: Path, site: str, retries: int
 ) -> None:
-    """Nobody will ever submit the inner task, and whoever waits for it hears so soon: at its own site, and at another."""
+    """It has not ended, since nobody has what it submitted: it has lost an attempt like any other."""
     gate = Gate.at(tmp_path)
     path = tmp_path / "runs"
     other = running("midway", **SETTINGS) if site == "midway" else contextlib.nullcontext()
     with other, Executor("polaris") as executor:
-        f = executor.submit(hand_over, str(path), gate, site)
+        f = executor.options(retries=retries).submit(hand_over, str(path), gate, site)
         (pid,) = wait_until(lambda: runs(path), what="the task to run")
         polaris.kill()
         gate.open()
-        wait_until(lambda: ALIAS in statuses_noted("polaris"), what="the worker to note the result")
+        wait_until(lambda: runs(f"{path}-submitted"), what="the task to submit another one")
         os.kill(pid, signal.SIGKILL)
         polaris.start()
-        assert isinstance(f.exception(WAIT_S), WorkerLostError)
+        if retries:
+            assert f.result(WAIT_S) == 42
+        else:
+            assert isinstance(f.exception(WAIT_S), WorkerLostError)
         assert executor.submit(max, 1, 2).result(WAIT_S) == 2
+    assert len(runs(path)) == 1 + retries
+
+
+def test_f2_a_task_that_returns_while_no_agent_is_there_ends_with_what_it_has_submitted(
+    polaris: NamedEndpoint, tmp_path: Path
+) -> None:
+    """Once it has ended, its worker may be killed, and what it has left behind runs all the same."""
+    gate = Gate.at(tmp_path)
+    path, left = tmp_path / "runs", tmp_path / "left"
+    with Executor("polaris") as executor:
+        f = executor.submit(leave_a_task_behind, str(path), gate, str(left))
+        (pid,) = wait_until(lambda: runs(path), what="the task to run")
+        polaris.kill()
+        gate.open()
+        wait_until(lambda: runs(f"{path}-submitted"), what="the task to submit another one")
+        polaris.start()
+        assert f.result(WAIT_S) == "left"
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: runs(left), what="the other task to run")
+    assert len(runs(path)) == 1
 
 
 def test_f2_a_task_whose_worker_was_being_killed_for_a_cancel(polaris: NamedEndpoint, tmp_path: Path) -> None:
@@ -194,12 +226,6 @@ def test_l4_workers_that_nobody_adopts_end_in_time(home: Path, tmp_path: Path) -
             wait_until(lambda: len(list(folder.glob("*.page"))) == 1, what="the dead's page to go")
     finally:
         endpoint.remove()
-
-
-def statuses_noted(endpoint: str) -> list[int]:
-    """The statuses of the results that workers have noted, and no agent has taken yet."""
-    pages = (host_folder(endpoint) / "workers").glob("*.page")
-    return [row[3] for page in pages for row in results_of(Page(str(page)))]
 
 
 def is_alive(pid: int) -> bool:

@@ -226,7 +226,7 @@ class LastingSite(Site):
             if id in resolver.objects and resolver.objects[id].attempt == attempt
         }
         self.journal = []
-        super().handle(ev.Recovered(running, stored, ["w"], world.now))
+        super().handle(ev.Recovered(running, stored, world.now))
         self.compact()
 
     def _read(self, written: Any) -> Any:

@@ -89,6 +89,38 @@ def test_a_lonely_acknowledgement_comes_by_the_deadline(pair: Pair) -> None:
     assert pair.a.peers.pending() == pair.a.peers.pending(B) == pair.a.peers.backlog_bytes(B) == 0
 
 
+def test_who_asks_hears_at_once_what_was_taken(pair: Pair) -> None:
+    """The question goes behind the messages; the answer is the acknowledgement, and no other one follows."""
+    met(pair, "direct")
+    (wire,) = pair.wires
+    before = pair.a.peers.sent(B)
+    pair.a.send(1, 2)
+    pair.a.peers.ask(B)
+    pair.a.flush()
+    assert kinds(wire.out) == ["DATA", "PING"]
+    assert (pair.a.peers.sent(B), pair.a.peers.pending(B)) == (before + 2, 2)
+    pair.deliver_all()
+    pair.b.flush()
+    assert kinds(wire.back) == ["PONG"]
+    pair.deliver_all()
+    assert pair.a.peers.pending(B) == 0
+    pair.now += 1.0
+    pair.flush()
+    assert kinds(wire.back) + kinds(wire.out) == []
+
+
+def test_a_question_waits_until_there_is_somebody_to_ask(pair: Pair) -> None:
+    met(pair, "direct")
+    (wire,) = pair.wires
+    wire.lose(pair.now)
+    pair.a.send(1)
+    pair.a.peers.ask(B)
+    pair.a.peers.ask(b"N" * 16)  # never heard of
+    pair.settle()
+    assert pair.b.got == [1]
+    assert pair.a.peers.pending(B) == 0
+
+
 def test_both_dial_at_once_and_have_one_session(pair: Pair) -> None:
     pair.know("direct")
     pair.b.handle(pe.Know(A, [("direct", "direct://a", KEY_A)], pair.now))

@@ -72,7 +72,7 @@ class Life:
             self.r.replay(event)
             self.r.validate()
         told = self.r.handle(
-            ev.Recovered(running or {}, self.r.wanted_bytes() if stored is None else stored, ["w"], 2.0)
+            ev.Recovered(running or {}, self.r.wanted_bytes() if stored is None else stored, 2.0)
         )
         self.r.validate()
         return told

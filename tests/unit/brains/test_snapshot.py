@@ -77,10 +77,10 @@ def filled() -> Resolver:
     r.handle(ev.Ended([task], failures.make("WorkerLostError", "killed"), True))
     submit([object_id(12), -1, b"p", None, None, None])
     r.replay(ev.Finished("gone", [[1, object_id(12), 1, m.ALIAS, there[54], 1.0, 0.5, None, None]]))
-    r.handle(ev.PartyGone(b"v" * 16, 6.0, "gone"))  # and what it promised with it
+    r.handle(ev.PartyGone(b"v" * 16, 6.0))
     r.handle(ev.Subscribed(peer, HERE, [[object_id(72), here[72][32:], None, False]], 6.0))
     r.handle(ev.Offered(USER, HERE, GROUP, SECRET, [[object_id(72), 1 << 20, None]], 6.0))
-    r.handle(ev.Subscribed(peer, HERE, [[object_id(71), b"x" * 16, None, False, True]], 6.0))
+    r.handle(ev.Subscribed(peer, HERE, [[object_id(71), b"x" * 16, None, False]], 6.0))
     r.validate()
     return r
 
@@ -119,7 +119,7 @@ def test_the_same_events_give_the_same_instructions_after_a_dump(seed: int) -> N
             USER, HERE, GROUP, SECRET, {}, [], [[object_id(70), -1, b"p", None, None, None]], 9.0, 9.0
         ),
         ev.Unsubscribed(USER, [object_id(n) for n in range(12)]),
-        ev.PartyGone(b"w" * 16, 9.0, "w"),
+        ev.PartyGone(b"w" * 16, 9.0),
         ev.Tick(10_000.0),
     ]
     random.Random(seed).shuffle(events)

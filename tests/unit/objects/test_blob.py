@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gcref.errors import GcrefError, ProtocolError
 from gcref.objects import blob, serialize
 from gcref.objects.blob import ALIGN_BYTES, HEADER_BYTES, PLAIN_HEADER, REF_BYTES, Encoded
+from gcref.objects.ref import ObjectRef, split
 
 pieces = st.lists(st.binary(max_size=200), max_size=4)
 buffers = st.lists(st.binary(max_size=300), max_size=6)
@@ -22,7 +23,8 @@ refs = st.integers(0, 4).flatmap(lambda n: st.binary(min_size=n * REF_BYTES, max
 
 
 def encode(stream: list[bytes], content: list[bytes], references: bytes = b"") -> Encoded:
-    return blob.encode(stream, [memoryview(part) for part in content], references)
+    named = [ObjectRef.unpack(each) for each in split(references)]
+    return blob.encode(stream, [memoryview(part) for part in content], named)
 
 
 def head_size(data: bytes | bytearray) -> int:

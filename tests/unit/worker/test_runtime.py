@@ -18,6 +18,7 @@ import pytest
 
 from endpoint_worker.worker import channel, zygote_process
 from endpoint_worker.worker.channel import KEEP
+from endpoint_worker.worker.page import Page
 from gcref import ids, task_context
 from gcref.errors import DeadlockError, ObjectLostError, SerializationError
 from gcref.objects import blob, failure, serialize
@@ -61,6 +62,33 @@ def noop() -> None:
 
 def add(a: int, b: int = 1) -> int:
     return a + b
+
+
+class Named:
+    """A future of ours, as the runtime tells one."""
+
+    def ref(self) -> ObjectRef:
+        return ObjectRef(b"i" * 16, b"h" * 16, b"t" * 16)
+
+    def add_done_callback(self, fn: Any) -> None:
+        raise AssertionError("nobody waits for it here")
+
+
+def submit(path: str, kind: str) -> Any:
+    """What the SDK does when a task submits: the agent hears of it when there is a file `path`."""
+    context = task_context.current
+    assert context is not None
+    context.submitted = True
+    made = Named()
+
+    def hand_over(named: Any) -> None:
+        Path(path + "-asked").write_text(" ".join(type(each).__name__ for each in named))
+        wait_until(lambda: os.path.exists(path), what="the agent to have it")
+
+    context.hand_over = hand_over
+    if kind == "fails":
+        raise ValueError("it has submitted something before")
+    return {"alias": made, "inside": [made.ref()], "plain": 42}[kind]
 
 
 def fail(text: str) -> None:
@@ -883,3 +911,39 @@ def test_done_is_what_the_codec_would_write() -> None:
     frame = channel.done([codec.pack(result) for result in results], [["/path", 1, True]])
     assert codec.unpack(frame) == [channel.DONE, results, [["/path", 1, True]]]
     assert codec.unpack(channel.done([], [])) == [channel.DONE, [], []]
+
+
+# ----------------------------------------------------------------------------------------- what tasks leave behind
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"), [("alias", "Named"), ("inside", "ObjectRef"), ("plain", ""), ("fails", "")]
+)
+def test_a_task_that_has_submitted_something_ends_when_its_agent_has_it(
+    own: FakeAgent, tmp_path: Path, kind: str, named: str
+) -> None:
+    """Before that nothing is said of it, nor written into the page; and no other task begins, which could be killed."""
+    path = str(tmp_path / "taken")
+    first, second = own.entry(submit, path, kind), own.entry(add, 1)
+    own.tasks([first, second])
+    wait_until(lambda: os.path.exists(path + "-asked"), what="the function to return")
+    wait_until(lambda: Path(path + "-asked").read_text() == named, what="it to say what its result names")
+    page = Page(str(next(own.folders[0].glob("*.page"))))
+    assert page.started() == (first[0], 1, first[1])
+    assert page.results() == []
+    page.close()
+    Path(path).touch()
+    told = own.results(2)
+    assert [result.seq for result in told] == [first[0], second[0]]
+    assert told[0].status == {"alias": ALIAS, "fails": FAILED}.get(kind, OK)
+
+
+def test_a_worker_that_dies_before_takes_that_task_along_and_no_other(own: FakeAgent, tmp_path: Path) -> None:
+    path = str(tmp_path / "taken")
+    before, first, second = own.entry(add, 1), own.entry(submit, path, "plain"), own.entry(add, 1)
+    own.tasks([before, first, second])
+    wait_until(lambda: os.path.exists(path + "-asked"), what="the function to return")
+    os.kill(own.pids[1], signal.SIGKILL)
+    gone = own.exited()
+    assert gone.progress == first[0]
+    assert [row[0] for row in gone.results] == [before[0]]
