@@ -121,9 +121,11 @@ class Cancels:
         """Kill its worker. Until that is dead nothing is certain: it may begin yet, or come to its end."""
         worker = task.worker
         assert worker is not None, "it is running"
+        if not self._pool.kill_at(worker, task.seq):
+            self.answer(task.id, False)
+            return
         self._obey(self._dispatch.handle(dp.Withdraw([task], now)), now)
         self._dying.setdefault(worker, []).append(task)
-        self._pool.kill(worker)
 
     def worker_gone(self, worker: int, now: float) -> None:
         """A worker is dead, and its last results are taken."""

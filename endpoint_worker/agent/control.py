@@ -677,11 +677,12 @@ class Control:
 
     def _overran(self, overran: dp.Overran, now: float) -> None:
         task = overran.task
+        if not self._pool.kill_at(overran.worker, task.seq):
+            return  # it has just ended
         text = f"the task ran for longer than its walltime_s of {task.options.walltime_s:g} s"
         failure = failures.make("WalltimeExceededError", text, walltime_s=task.options.walltime_s)
         self._killed[overran.worker] = failure
         self._take(ev.Ended([task], failure, False), now)
-        self._pool.kill(overran.worker)
 
     def _deadlocked(self, deadlocked: dp.Deadlocked, now: float) -> None:
         text = (

@@ -9,10 +9,13 @@ before ADOPTED was said to the dead: only their results are passed on.
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from endpoint_worker.agent.stopping import stop
 from endpoint_worker.worker import channel
 from endpoint_worker.worker.channel import AgentChannel
 from endpoint_worker.worker.remains import Exited, Remains, WorkerConfig
@@ -141,6 +144,21 @@ class Pool:
     def kill(self, worker: int) -> None:
         """SIGKILL; its exit is reported as any other."""
         self.zygote.kill(worker)
+
+    def kill_at(self, worker: int, seq: int) -> bool:
+        """Kill it for an entry, unless it has ended that: the next one, which it may have begun just now, is not to blame.
+
+        Returns:
+            Whether it was killed. Else the result of the entry is on its way.
+        """
+        pid = self._pids.get(worker)
+        was_stopped = pid is not None and stop(pid, self.zygote.pid)
+        if not self.zygote.has_ended(worker, seq):
+            self.zygote.kill(worker)
+            return True
+        if was_stopped and pid is not None:
+            os.kill(pid, signal.SIGCONT)
+        return False
 
     def retire(self, worker: int) -> None:
         """Let it end when it has sent what it holds."""

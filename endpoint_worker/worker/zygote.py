@@ -241,6 +241,14 @@ class Zygote:
         found = self._workers.get(worker)
         return found[0].progress if found is not None else 0
 
+    def has_ended(self, worker: int, seq: int) -> bool:
+        """Whether a worker has ended an entry that it had started."""
+        found = self._workers.get(worker)
+        if found is None:
+            return False
+        page = found[0]
+        return page.progress > seq or any(result[0] == seq for result in remains.results_of(page))
+
     def received(self, worker: int, seq: int) -> None:
         """A worker's results up to this one have come: its exit need not tell them again."""
         if worker in self._workers:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
+import psutil
+
 from endpoint_worker.agent.pool import Message, Pool
+from endpoint_worker.agent.stopping import stop
 from endpoint_worker.worker import channel
 from gcref import ids
 from gcref.wire.messages import OK
@@ -102,8 +106,6 @@ def test_a_worker_that_came_up_while_nobody_was_there(agent: FakeAgent) -> None:
 
 
 def test_a_stopped_worker_is_tried_seldom_and_forgotten_when_it_dies(agent: FakeAgent) -> None:
-    import signal
-
     os.kill(agent.pids[1], signal.SIGSTOP)
     agent.die()
     pool = pool_of(agent)
@@ -119,3 +121,35 @@ def test_a_stopped_worker_is_tried_seldom_and_forgotten_when_it_dies(agent: Fake
     assert pool.gone(agent.exited()) == party
     pool.tick(now)
     assert pool.deadline is None
+
+
+def test_a_worker_is_killed_for_what_it_runs_and_not_for_what_it_has_ended(
+    agent: FakeAgent, pipe: str
+) -> None:
+    first, second = agent.entry(add, 1), agent.entry(wait_for, pipe)
+    agent.tasks([first, second])
+    begun(agent, second)
+    agent.die()
+    pool = pool_of(agent)
+    assert not pool.kill_at(1, first[0])
+    open_pipe(pipe)
+    said(pool, channel.ADOPTED)
+    assert not pool.kill_at(1, second[0]), "it has ended, and nothing has begun since"
+    third = agent.entry(wait_for, pipe)
+    assert pool.send_tasks(1, time.monotonic() + 60, [third])
+    begun(agent, third)
+    assert pool.kill_at(1, third[0])
+    assert agent.exited().signal == signal.SIGKILL
+
+
+def test_a_stopped_process_stands_still_and_somebody_elses_is_left_alone(agent: FakeAgent) -> None:
+    pid = agent.pids[1]
+    assert not stop(pid, os.getpid()), "it is the child of its zygote"
+    assert stop(pid, agent.zygote.pid)
+    assert psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    assert not stop(pid, agent.zygote.pid), "whoever stopped it first lets it go on"
+    os.kill(pid, signal.SIGCONT)
+    assert agent.value(add, 1) == 2
+    os.kill(pid, signal.SIGKILL)
+    agent.exited()
+    assert not stop(pid, agent.zygote.pid)
