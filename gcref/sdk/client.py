@@ -2,7 +2,8 @@
 
 There is one default client in a process, for executors that are not handed another one. Its thread and its connections are
 there while somebody needs them: an executor that was not shut down, or a future. Inside a task a client speaks for the
-task, through the task's own agent.
+task, through the task's own agent; whoever makes others there speaks by the same thread, since an agent knows each of its
+workers as one party.
 """
 
 from __future__ import annotations
@@ -56,6 +57,21 @@ class FutureLane(Lane):
         return FutureLane(self.client, self.home, group, secret, self.opts, self.batch_size, self.root)
 
 
+class _Place:
+    """Where an I/O thread is kept: one client's, or that of all clients of a worker.
+
+    Attributes:
+        lock: guards what is here, and `users` of the thread.
+        loop: the thread; None: nobody has needed one, or it has ended.
+    """
+
+    __slots__ = ("lock", "loop")
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.loop: Loop | None = None
+
+
 class Client:
     """The directory and the sessions of this process; shared by executors.
 
@@ -71,11 +87,10 @@ class Client:
     def __init__(
         self, hub_url: str | None = None, token: str | None = None, carriers: Iterable[str] | None = None
     ) -> None:
-        self._starting = threading.RLock()
-        self._loop: Loop | None = None
         self._closed = False
         self._home = _named_home()
         self._context = context = task_context.current
+        self._place = _Place() if context is None else _task_place
         self._me = ids.new_id() if context is None else context.party
         self._executors: weakref.WeakSet[Executor] = weakref.WeakSet()
         if context is not None:
@@ -99,17 +114,18 @@ class Client:
 
     def _enter(self) -> Loop:
         """The I/O thread, started if need be; it lives at least until `_leave`."""
-        with self._starting:
+        place = self._place
+        with place.lock:
             if self._closed:
                 raise RuntimeError("this client is closed")
-            loop = self._loop
+            loop = place.loop
             if loop is None or loop.is_broken():
                 from gcref.sdk.loop import Loop
 
                 _register_exit()
                 lost_s, heartbeat_s = self._patience
                 keys = self._keys()
-                loop = self._loop = Loop(
+                loop = place.loop = Loop(
                     self._me,
                     keys,
                     self._carriers,
@@ -132,17 +148,17 @@ class Client:
         return self._hub
 
     def _leave(self, loop: Loop) -> None:
-        with self._starting:
+        with self._place.lock:
             loop.users -= 1
         loop.poke()
 
     def _let_go(self, loop: Loop) -> bool:
         """Asked by an I/O thread that has nothing to do: whether it may end."""
-        with self._starting:
+        with self._place.lock:
             if loop.users or loop.queue:
                 return False
-            if self._loop is loop:
-                self._loop = None
+            if self._place.loop is loop:
+                self._place.loop = None
             return True
 
     def _keys(self) -> KeyPair:
@@ -166,7 +182,7 @@ class Client:
 
     def _can_reach_private(self, home: bytes) -> bool:
         """Whether the endpoint is a private one that was started by this client."""
-        loop = self._loop
+        loop = self._place.loop
         return loop is not None and not loop.is_broken() and loop.where.is_own(home)
 
     def payload_bytes(self) -> dict[str, int]:
@@ -177,27 +193,33 @@ class Client:
             mapped, not copied.
         """
         counts = {"in": 0, "out": 0, "mapped": 0}
-        if self._loop is not None:
-            for (_party, carrier, direction), size in self._loop.large.bytes_moved().items():
+        loop = self._place.loop
+        if loop is not None:
+            for (_party, carrier, direction), size in loop.large.bytes_moved().items():
                 counts["mapped" if carrier == "ipc" and direction == "in" else direction] += size
         return counts
 
     def close(self, timeout: float = config.EXIT_FLUSH_S) -> None:
         """Ends the client: shuts its executors down, sends what is unsent, and closes its connections.
 
-        Private endpoints finish their tasks first. Futures of tasks that go on elsewhere end in an error.
+        Private endpoints finish their tasks first. Futures of tasks that go on elsewhere end in an error; inside a task
+        they do not, because other clients may wait for them by the same connection.
 
         Args:
             timeout: how long endpoints may take to acknowledge what they were sent, seconds.
         """
-        with self._starting:
+        with self._place.lock:
             if self._closed:
                 return
             self._closed = True
-        self._end(timeout)
+        if self._context is None:
+            self._end(timeout)
+        else:
+            for executor in list(self._executors):
+                executor.shutdown(wait=False)
 
     def _end(self, timeout: float) -> None:
-        loop = self._loop
+        loop = self._place.loop
         if loop is None or loop.is_broken():
             return
         executors = list(self._executors)
@@ -240,6 +262,7 @@ def _release(loop: Loop, unclean: set[bytes]) -> None:
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
+_task_place = _Place()
 _default: Client | None = None
 _task_keys: KeyPair | None = None
 _default_lock = threading.Lock()
@@ -295,11 +318,15 @@ def _register_exit() -> None:
 def _at_exit() -> None:
     for client in list(_clients):
         client.close()
+    loop = _task_place.loop
+    if loop is not None:
+        loop.close(config.EXIT_FLUSH_S)
 
 
 def _after_fork_in_child() -> None:
-    global _default, _default_lock, _clients
+    global _default, _default_lock, _clients, _task_place
     _default = None
+    _task_place = _Place()
     _default_lock = threading.Lock()
     _clients = weakref.WeakSet()  # what the parent owns, the parent ends
     task_context.current = None

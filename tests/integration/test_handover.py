@@ -61,6 +61,26 @@ def close_the_client(path: str) -> str:
     return "closed"
 
 
+def use_two_clients(count: int) -> tuple[int, int, int, str]:
+    executor = Executor()
+    first = [executor.submit(abs, -x) for x in range(count)]
+    with Client() as client:
+        other = Executor(client=client)
+        second = [other.submit(abs, -x) for x in range(count)]
+    third = [executor.submit(abs, -x) for x in range(count)]
+    refused = ""
+    try:
+        other.submit(abs, -1)
+    except RuntimeError as error:
+        refused = str(error)
+    return (
+        sum(f.result() for f in first),
+        sum(f.result() for f in second),
+        sum(f.result() for f in third),
+        refused,
+    )
+
+
 @pytest.mark.parametrize("fn", [tail_call, future_inside])
 def test_what_a_result_names_is_there_when_the_result_is_seen(executor: Executor, fn: Any) -> None:
     """The task inside ends in the other worker, as a rule before the agent has heard that a result names it."""
@@ -89,3 +109,12 @@ def test_a_task_that_closes_its_client_ends(executor: Executor, tmp_path: Path) 
     assert executor.submit(close_the_client, str(path)).result(WAIT_S) == "closed"
     assert wait_until(lambda: runs(path), what="the task that was left behind", timeout_s=30) == [3]
     assert executor.submit(abs, -1).result(WAIT_S) == 1
+
+
+def test_the_clients_of_a_task_do_not_disturb_each_other(executor: Executor) -> None:
+    """Nor does the one that is closed: what it has submitted goes on."""
+    for _ in range(10):
+        total = sum(range(50))
+        *sums, refused = executor.submit(use_two_clients, 50).result(WAIT_S)
+        assert sums == [total] * 3
+        assert "shutdown" in refused

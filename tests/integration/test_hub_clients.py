@@ -142,7 +142,7 @@ def test_a_mailbox_lasts_as_long_as_its_client(site: LocalEndpoint, away: Path, 
         with Executor(site.endpoint_id, client) as executor:
             assert executor.submit(inc, 1).result(WAIT_S) == 2
             assert has_mailbox(client, rabbit)
-        loop = client._loop
+        loop = client._place.loop
         assert loop is not None
         wait_until(loop.is_broken, what="the idle client to let go")
         wait_until(lambda: not has_mailbox(client, rabbit), what="its mailbox to go")
