@@ -36,7 +36,7 @@ class _Waiting:
         request: answered when all is handed over.
         upto: how many messages the agent is to have taken; None: not all of them are sent yet.
         uploads: large values that it is to have fetched.
-        patience_at: when those are waited for no longer, monotonic seconds.
+        patience_at: when those are waited for no longer, monotonic seconds; None: it has not all the messages yet.
     """
 
     __slots__ = ("patience_at", "request", "uploads", "upto")
@@ -45,7 +45,7 @@ class _Waiting:
         self.request = request
         self.uploads = uploads
         self.upto: int | None = None
-        self.patience_at = time.monotonic() + UPLOADS_WAIT_S
+        self.patience_at: float | None = None
 
 
 class Handover:
@@ -62,7 +62,7 @@ class Handover:
         self._brain = brain
         self._context = context
         self._submits_end = 0
-        self._waiting: list[_Waiting] = []
+        self._waiting: _Waiting | None = None  # one at a time: a worker runs one task
         context.hand_over = self.hand_over
 
     def hand_over(self, named: Sequence[Any]) -> None:
@@ -85,18 +85,18 @@ class Handover:
     @property
     def deadline(self) -> float | None:
         """When to `look` at the latest, monotonic seconds; None: when something was heard."""
-        return min((each.patience_at for each in self._waiting if each.uploads), default=None)
+        return None if self._waiting is None else self._waiting.patience_at
 
     def look(self) -> None:
-        """Answers those whose wait is over; before each flush."""
-        if self._waiting:
-            self._waiting = [each for each in self._waiting if not self._is_over(each)]
+        """Lets the worker go on if the agent has everything by now; before each flush."""
+        if self._waiting is not None and self._is_over(self._waiting):
+            self.end()
 
-    def end_all(self) -> None:
-        """Nothing more will be handed over."""
-        waiting, self._waiting = self._waiting, []
-        for each in waiting:
-            each.request.set(None)
+    def end(self) -> None:
+        """Nothing more will be handed over: the worker goes on."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.request.set(None)
 
     def _begin(self, request: Request, task: bytes, named: Sequence[Any]) -> None:
         if self._loop.is_broken():
@@ -108,23 +108,24 @@ class Handover:
             own = self._loop.open(task, agent, None, lane)
             if not own.done():
                 self._loop.hold(own, *named)
-        self._waiting.append(_Waiting(request, self._loop.large.uploads()))
+        self._waiting = _Waiting(request, self._loop.large.uploads())
 
     def _is_over(self, waiting: _Waiting) -> bool:
         agent, peers, large = self._context.agent_id, self._loop.peers, self._loop.large
         peer = self._brain.peers.get(agent)
-        if peer is not None and peer.state != APART:
-            taken = peers.sent(agent) - peers.pending(agent)
-            if waiting.upto is None:
-                if peer.outbox:
-                    return False
-                waiting.upto = self._submits_end
-                if taken < waiting.upto:
-                    peers.ask(agent)
+        if peer is None or peer.state == APART:
+            return True
+        taken = peers.sent(agent) - peers.pending(agent)
+        if waiting.upto is None:
+            if peer.outbox:
+                return False
+            waiting.upto = self._submits_end
             if taken < waiting.upto:
-                return False
-            waiting.uploads = [id for id in waiting.uploads if large.is_uploading(id)]
-            if waiting.uploads and time.monotonic() < waiting.patience_at:
-                return False
-        waiting.request.set(None)
-        return True
+                peers.ask(agent)
+        if taken < waiting.upto:
+            return False
+        waiting.uploads = [id for id in waiting.uploads if large.is_uploading(id)]
+        now = time.monotonic()
+        if waiting.patience_at is None:
+            waiting.patience_at = now + UPLOADS_WAIT_S
+        return not waiting.uploads or now >= waiting.patience_at

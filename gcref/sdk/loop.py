@@ -346,7 +346,7 @@ class Loop:
                     fn()
             self.large.end_all(lambda: EndpointLostError(str(self._broken)))
             if self._handover is not None:
-                self._handover.end_all()
+                self._handover.end()
 
     def _set_up(self) -> None:
         from gcref.brains import peers as pe
