@@ -38,7 +38,7 @@ from endpoint_worker.worker.channel import KEEP, LEASE_MARGIN_S, WorkerChannel
 from endpoint_worker.worker.lending import Lender
 from endpoint_worker.worker.output import Output
 from endpoint_worker.worker.page import BLOCKED, START, START_AT, Page
-from endpoint_worker.worker.values import RECENT_MAX, SMALL_BYTES, Kept, Mappings, resolver
+from endpoint_worker.worker.values import RECENT_MAX, SMALL_BYTES, Kept, Mappings, values_of
 from gcref import task_context
 from gcref.config import EXCEPTION_MAX_BYTES, INLINE_MAX_BYTES
 from gcref.errors import GcrefError, LocalProtocolError
@@ -257,7 +257,7 @@ class Runtime:
                     call = (None, (), {})
                 else:
                     call = loads_call(
-                        payload, resolver(deps, self._mappings, self._kept) if deps else calls.no_dependency
+                        payload, values_of(deps, self._mappings, self._kept) if deps else calls.no_dependency
                     )
                 fn, arguments, keywords = call
                 if function is not None:

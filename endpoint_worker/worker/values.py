@@ -246,7 +246,7 @@ class Kept:
         return all(type(dep) is bytes or len(dep) > 1 or self.get(dep[0]) is not None for dep in deps)
 
 
-def resolver(deps: list[Any], mappings: Mappings, kept: Kept) -> Callable[[int], Any]:
+def values_of(deps: list[Any], mappings: Mappings, kept: Kept) -> Callable[[int], Any]:
     """What gives the values of an entry's dependencies by their index, each unpickled once; `kept.has` them all."""
     values: dict[int, Any] = {}
 

@@ -113,6 +113,7 @@ class Submitter:
             ev.Submitted: self._submitted,
             ev.Offered: self._offered,
             ev.Opened: self._opened,
+            ev.Kept: self._kept,
             ev.Dropped: self._dropped,
             ev.CancelAsked: self._cancel_asked,
             ev.ExplainAsked: self._explain_asked,
@@ -257,6 +258,12 @@ class Submitter:
         if target is not None:
             self._release(target)
         self._subscribe(entry)
+
+    def _kept(self, event: ev.Kept) -> None:
+        for id in event.ids:
+            entry = self.entries.get(id)
+            if entry is not None:
+                entry.users += 1
 
     def _dropped(self, event: ev.Dropped) -> None:
         for id in event.ids:

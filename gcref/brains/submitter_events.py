@@ -38,6 +38,12 @@ class Opened(NamedTuple):
     now: float
 
 
+class Kept(NamedTuple):
+    """Something else than a future stands for each of these objects, too; its end is told by `Dropped`."""
+
+    ids: list[bytes]
+
+
 class Dropped(NamedTuple):
     """Futures of these ids are gone."""
 
@@ -189,7 +195,7 @@ class Tick(NamedTuple):
 
 
 Event = (
-    Submitted | Offered | Opened | Dropped | CancelAsked | ExplainAsked | AttachAsked | Leaving
+    Submitted | Offered | Opened | Kept | Dropped | CancelAsked | ExplainAsked | AttachAsked | Leaving
     | FetchBegan | FetchEnded | Unsendable | PeerFull
     | Heard | PeerUp | PeerDown | PeerReset | PeerFailed | PeerRefused | PeerSeen | Tick
 )  # fmt: skip

@@ -147,7 +147,7 @@ class Entry:
         lane: the lane of its task while that has not ended; None for what was not submitted here.
         state: UNSENT, SENT, RUNNING or ENDED.
         pinned: its home was told that we want it.
-        users: futures that stand for it, and entries that are aliases of it.
+        users: futures that stand for it, references in its value, and entries that are aliases of it.
         holder: the future that stands for it (a list, if there are several).
         fn: (digest, bytes) of its function, while it has not ended.
         spec: what was handed in, while it is unsent.

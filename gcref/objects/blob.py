@@ -36,6 +36,7 @@ REF_BYTES: Final = 48
 ALIGN_BYTES: Final = 64
 
 _HEADER: Final = Struct("<3sBB3xII")
+_NO_REFS: Final = bytes(4)
 _ENTRY: Final = Struct("<QQ")
 _PREFIX: Final = b"GCB" + bytes((VERSION, 0, 0, 0, 0))
 _PADDING: Final = tuple(bytes(size) for size in range(ALIGN_BYTES))
@@ -200,6 +201,11 @@ def refs_of(buffer: bytes | bytearray | memoryview) -> bytes:
     if end > len(buffer):
         raise _damaged("its references are cut off", len(buffer))
     return bytes(buffer[HEADER_BYTES:end])
+
+
+def has_refs(buffer: bytes | bytearray | memoryview) -> bool:
+    """Whether there are references in a blob, as its header says; nothing else is looked at."""
+    return buffer[8:12] != _NO_REFS
 
 
 def _read_header(buffer: bytes | bytearray | memoryview) -> tuple[int, int]:

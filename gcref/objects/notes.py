@@ -45,11 +45,12 @@ class Notes:
         refs: references by id.
         buffers: the out-of-band buffers, in order.
         keep: appends to `buffers`; kept, because a method bound for each call costs.
+        keeper: what references keep alive that are made while a value is unpickled; or None.
         trouble: what `resolve` raised.
         resolve: gives the value of the dependency with an index, while arguments are unpickled; or None.
     """
 
-    __slots__ = ("buffers", "deps", "keep", "kind", "met", "refs", "resolve", "trouble")
+    __slots__ = ("buffers", "deps", "keep", "keeper", "kind", "met", "refs", "resolve", "trouble")
 
     def __init__(self) -> None:
         self.kind = CLOSED
@@ -59,6 +60,7 @@ class Notes:
         self.buffers: list[PickleBuffer] = []
         self.keep = self.buffers.append
         self.resolve: Callable[[int], Any] | None = None
+        self.keeper: object = None
         self.trouble: BaseException | None = None
 
     def clear(self) -> None:

@@ -33,13 +33,17 @@ opener: Callable[[ObjectRef], Any] | None = None
 class ObjectRef:
     """A reference to an object: handed over as it is, never resolved. Use `get` where the value is wanted.
 
+    One that was found in a result works as long as it lives, also when the future of the result is gone. A copy that
+    somebody has unpickled elsewhere is an address, and keeps nothing.
+
     Two references are equal if they name the same object at the same home; the token does not count.
 
     Args:
         id: id of the object, 16 bytes.
         home: id of the endpoint that owns it, 16 bytes.
         token: proves the right to read it, 16 bytes.
-        pin: whatever keeps the object alive as long as this reference lives in this process. It stays here.
+        pin: whatever keeps the object alive as long as this reference lives in this process. It stays here. None: what the
+            value that is just being unpickled was given for that.
 
     Raises:
         ValueError: one of these is not 16 bytes long.
@@ -55,7 +59,7 @@ class ObjectRef:
         self._id = id
         self._home = home
         self._token = token
-        self._pin = pin
+        self._pin = here.notes.keeper if pin is None else pin
 
     @property
     def id(self) -> str:

@@ -156,19 +156,27 @@ def dumps_call(fn: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dic
     return _take_call(notes, (stream,))
 
 
-def loads(buffer: bytes | bytearray | memoryview) -> Any:
+def loads(buffer: bytes | bytearray | memoryview, keeper: object = None) -> Any:
     """Turn a blob into its value. Arrays in it are read-only views of the buffer, and keep it alive.
+
+    Args:
+        buffer: the blob.
+        keeper: what the references in the value are to keep alive.
 
     Raises:
         SerializationError: the value cannot be rebuilt here; `.module` says what is missing, if something is.
         ProtocolError: this is no blob, or a damaged one.
     """
+    notes = here.notes
+    outer, notes.keeper = notes.keeper, keeper
     try:
         return _unpickle(buffer)
     except GcrefError:
         raise
     except FOREIGN_ERRORS as error:
         raise cannot_unpickle("the value", error) from error
+    finally:
+        notes.keeper = outer
 
 
 def loads_call(

@@ -298,6 +298,8 @@ def open_reference(reference: ObjectRef) -> ComputeFuture[Any]:
             break
     if future is None:
         future = default_client().open(reference)
+    # What has kept the object until now lives on: our own word may reach its home later than that one's end.
+    future._kept = pinned
     reference._pin = future
     return future
 

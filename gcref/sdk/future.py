@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, Protocol, Ty
 
 from gcref import ids, task_context
 from gcref.brains.submitter_table import Stored
-from gcref.objects import failure, serialize
+from gcref.objects import blob, failure, serialize
 from gcref.objects.ref import ObjectRef, read_token
 from gcref.sdk import lending
 
@@ -106,6 +106,9 @@ class Home(Protocol):
     def check(self) -> None:
         """Raises RuntimeError in a forked child."""
 
+    def keep(self, id: bytes) -> None:
+        """One more than its futures stands for that object, until it says `drop`."""
+
     def drop(self, id: bytes) -> None:
         """The future of that id is gone. Cheap, and safe in a finalizer."""
 
@@ -150,6 +153,20 @@ class _Local:
         self.fn = fn
 
 
+class _Hold:
+    """Holds an object as a future does, without being one: the value of a future must not hold the future."""
+
+    __slots__ = ("_client", "_id")
+
+    def __init__(self, client: Home, id: bytes) -> None:
+        self._client = client
+        self._id = id
+        client.keep(id)
+
+    def __del__(self) -> None:
+        self._client.drop(self._id)
+
+
 class ComputeFuture(Future[T]):
     """The result of a task to come; a `concurrent.futures.Future`.
 
@@ -168,6 +185,7 @@ class ComputeFuture(Future[T]):
     _token: bytes | None = None
     _size: int | None = None
     _guard: threading.Condition | None = None
+    _kept: object = None  # what lives as long as this future
 
     def __init__(self, lane: Lane, id: bytes, token: bytes | None = None) -> None:
         # Not Future.__init__: see `__getattr__`.
@@ -344,9 +362,9 @@ class ComputeFuture(Future[T]):
                 self._lane.client.check()
                 pull = self._lane.client.fetch(raw)
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            value = serialize.loads(pull.wait(left))
+            value = self._loads(pull.wait(left))
         else:
-            value = serialize.loads(raw)
+            value = self._loads(raw)
         size = self.size_bytes
         with _publishing:
             if self._raw is raw:  # the first one to decode decides what everybody sees
@@ -354,6 +372,10 @@ class ComputeFuture(Future[T]):
                 self._result = value
                 self._exception = error
                 self._raw = None
+
+    def _loads(self, data: bytes | memoryview) -> Any:
+        """The value of a blob. While a reference in it lives, so does this object, which holds what it refers to."""
+        return serialize.loads(data, _Hold(self._lane.client, self._id) if blob.has_refs(data) else None)
 
     # ------------------------------------------------------------------------------------------------- callbacks
 

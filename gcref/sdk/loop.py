@@ -192,6 +192,10 @@ class Loop:
         if self.asleep and self._broken is None:
             self.wake()
 
+    def keep(self, id: bytes) -> None:
+        """One more than its futures stands for that object, until it says `drop`; a future of it lives still."""
+        self.queue.append(ev.Kept([id]))
+
     def drop(self, id: bytes) -> None:
         """The future of that id is gone."""
         self.queue.append(id)
@@ -483,10 +487,6 @@ class Loop:
         peer = self._brain.peers.get(party)
         return peer is not None and peer.state in (CONNECTING, DOWN)
 
-    def is_wanted(self, party: bytes) -> bool:
-        """Whether somebody has asked for that party; on the I/O thread."""
-        return party in self._brain.peers
-
     def dial_all(self, party: bytes, candidates: list[Candidate]) -> None:
         """These are the ways to a party: what is new is dialled, what is gone hung up; on the I/O thread."""
         self._obey(self.peers.handle(self._ways_event(party, candidates, time.monotonic())))
@@ -567,7 +567,7 @@ class Loop:
             log.exception("messages from %s were not understood", self.where.name_of(delivered.party))
 
 
-_EVENTS: Final = frozenset((ev.AttachAsked, ev.Opened, ev.Offered))
+_EVENTS: Final = frozenset((ev.AttachAsked, ev.Opened, ev.Offered, ev.Kept))
 _LAST_RITES: Final = (ev.Settle, ev.Answer, ev.Idle)
 
 

@@ -192,7 +192,7 @@ class Reaching:
         if ready is not None:
             self._loop.where.set_ready(process.id, ready)
             self._set(process.fd, lambda: self._process_may_have_ended(process))
-            if self._loop.is_wanted(process.id):
+            if self._loop.is_away(process.id):
                 self.reach(process.id)
 
     def _process_may_have_ended(self, process: AgentProcess) -> None:

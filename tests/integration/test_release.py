@@ -339,6 +339,21 @@ def test_l5_a_nested_future_in_a_result_is_a_reference_that_holds(work: Work, tw
     is_freed("polaris", "midway")
 
 
+@pytest.mark.parametrize("site", ["polaris", "midway"])
+def test_l5_a_reference_in_a_result_works_when_the_future_of_the_result_is_gone(
+    work: Work, two_sites: Sites, site: str
+) -> None:
+    endpoint = str(getattr(two_sites, site).endpoint_id)
+    references = []
+    for _ in range(30):
+        references.append(work.a.submit(_submit_inside, endpoint).result(WAIT_S)["inner"])
+        # Whatever was let go is gone before these have come back.
+        assert [executor.submit(inc, 1).result(WAIT_S) for executor in (work.a, work.b)] == [2] * 2
+    assert [len(reference.get(WAIT_S)) for reference in references] == [SIZE] * 30
+    del references
+    is_freed("polaris", "midway")
+
+
 def _submit_inside(endpoint: str) -> dict[str, Any]:
     return {"inner": Executor(endpoint).submit(blob_of, SIZE)}
 

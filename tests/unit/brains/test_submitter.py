@@ -395,6 +395,15 @@ def test_a_future_for_what_is_done_hears_it_again() -> None:
     assert ("opened", "ok", b"1") in ends(shell.outcome(POLARIS, (id_of(1), m.OK, b"1")))
 
 
+def test_what_holds_an_object_beside_its_futures_holds_it_when_they_are_gone() -> None:
+    shell, _ = working(1)
+    shell.outcome(POLARIS, (id_of(1), m.OK, b"1"))
+    assert shell.tell(ev.Kept([id_of(1), id_of(7)])) == []
+    assert shell.tell(ev.Dropped([id_of(1)])) == []
+    assert sent(shell.tell(ev.Dropped([id_of(1)])), m.UNSUBSCRIBE) == [[m.UNSUBSCRIBE, id_of(1)]]
+    assert shell.tell(ev.Dropped([id_of(7)])) == []
+
+
 # -------------------------------------------------------------------------------------------- endpoints that are away
 
 
@@ -741,6 +750,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.made = 0
         self.serial = itertools.count()
         self.live: dict[str, bytes] = {}  # futures that the user holds
+        self.kept: list[bytes] = []  # by references in values
         self.ids: dict[str, bytes] = {}
         self.asked_again: set[bytes] = set()
         self.ended: dict[str, str] = {}
@@ -802,6 +812,17 @@ class AnyOrder(RuleBasedStateMachine):
     def drop(self, data: st.DataObject) -> None:
         holder = data.draw(st.sampled_from(sorted(self.live)))
         self.tell(ev.Dropped([self.live.pop(holder)]))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        self.kept.append(self.live[data.draw(st.sampled_from(sorted(self.live)))])
+        self.tell(ev.Kept([self.kept[-1]]))
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def drop_kept(self, data: st.DataObject) -> None:
+        self.tell(ev.Dropped([self.kept.pop(data.draw(st.integers(0, len(self.kept) - 1)))]))
 
     @precondition(lambda self: self.away)
     @rule(data=st.data(), number=elsewhere, status=st.sampled_from(STATUSES), other=elsewhere, home=peers)
@@ -866,7 +887,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.tell(ev.PeerFailed(peer, failures.make("AuthError", "the end")))
         if hasattr(self, "shell"):
             assert set(self.live) <= set(self.ended)
-            for id in list(self.live.values()):
+            for id in [*self.live.values(), *self.kept]:
                 self.tell(ev.Dropped([id]))
             assert self.shell.brain.entries == {}
             assert all(lane.open == 0 for lane in self.lanes.values())

@@ -23,6 +23,7 @@ class Home:
         self.client = self
         self.home = HOME
         self.secret = bytes(32)
+        self.kept: list[bytes] = []
         self.dropped: list[bytes] = []
         self.held: dict[bytes, ComputeFuture[Any]] = {}
         self.pulls: list[Pull] = []
@@ -35,6 +36,9 @@ class Home:
     def check(self) -> None:
         if self.problem is not None:
             raise RuntimeError(self.problem)
+
+    def keep(self, id: bytes) -> None:
+        self.kept.append(id)
 
     def drop(self, id: bytes) -> None:
         self.dropped.append(id)

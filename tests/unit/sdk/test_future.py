@@ -446,6 +446,21 @@ def test_as_an_argument_it_is_a_dependency(home: Home) -> None:
 # ------------------------------------------------------------------------------------------------ dropping, forking
 
 
+def test_references_in_a_value_keep_its_object_and_not_its_future(home: Home) -> None:
+    inner, outer, plain = home.future(), home.future(), home.future()
+    home.finish(plain, value=[1])
+    home.finish(outer, value=[inner.ref(), {"deep": inner.ref()}])
+    found, id = outer.result(), outer._id
+    assert plain.result() == [1]
+    assert home.kept == [id]
+    del outer
+    assert home.dropped == [id], "nothing in the value holds the future"
+    found.pop()
+    assert home.dropped == [id]
+    found.pop()
+    assert home.dropped == [id, id]
+
+
 def test_dropping_one_notes_its_id(home: Home) -> None:
     future = home.future()
     id = future._id
