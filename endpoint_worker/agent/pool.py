@@ -149,7 +149,7 @@ class Pool:
         """Kill it for an entry, unless it has ended that: the next one, which it may have begun just now, is not to blame.
 
         Returns:
-            Whether it was killed. Else the result of the entry is on its way.
+            Whether it was killed. Else the result of the entry is on its way, or will be when we have what that submitted.
         """
         pid = self._pids.get(worker)
         was_stopped = pid is not None and stop(pid, self.zygote.pid)

@@ -9,6 +9,7 @@ A file mapped by the worker, which writes it, and by its agent, which reads it; 
     40     pid                                          u64
     48     how it ended: exit code + 1, or 0; signal    2 × u64, written by the zygote after its death
     64     the start: seq, attempt, id                  u64, u64, 16 bytes
+    96     seq of the entry whose function has returned, while the agent is handed what it submitted   u64
     256    what it was started with                     length u32, packed
     4096   area 0, area 1                               results: length u32, the packed result
 
@@ -45,6 +46,7 @@ BLOCKED: Final = 4
 _PID: Final = 5
 _END_AT: Final = 48
 START_AT: Final = 64
+RETURNED: Final = 12
 _NOTE_AT: Final = 256
 _NOTE_MAX_BYTES: Final = _HEADER_BYTES - _NOTE_AT - _LENGTH_BYTES
 
@@ -166,6 +168,10 @@ class Page:
     def blocked(self) -> bool:
         """Whether the running task has lent its slot."""
         return self.words[BLOCKED] == 1
+
+    def has_returned(self, seq: int) -> bool:
+        """Whether the function of an entry that was started has returned. Its result may not be here yet."""
+        return self.words[_SEQ] > seq or self.words[RETURNED] == seq
 
     def started(self) -> tuple[int, int, bytes] | None:
         """What was started last: seq, attempt, id; None: nothing, or that has ended and the next one is just starting."""

@@ -37,7 +37,7 @@ from endpoint_worker.worker.calls import PLAIN_TYPES, UNMEASURED, Function, Told
 from endpoint_worker.worker.channel import KEEP, LEASE_MARGIN_S, WorkerChannel
 from endpoint_worker.worker.lending import Lender
 from endpoint_worker.worker.output import Output
-from endpoint_worker.worker.page import BLOCKED, START, START_AT, Page
+from endpoint_worker.worker.page import BLOCKED, RETURNED, START, START_AT, Page
 from endpoint_worker.worker.values import RECENT_MAX, SMALL_BYTES, Kept, Mappings, values_of
 from gcref import task_context
 from gcref.config import EXCEPTION_MAX_BYTES, INLINE_MAX_BYTES
@@ -212,7 +212,7 @@ class Runtime:
             status, value, refs = execute(function, digest, payload, args, deps)
             ended = clock()
             if context.submitted or self._named:
-                self._hand_over()
+                self._hand_over(seq)
             if function is not None:
                 took = ended - started
                 before = function.seconds
@@ -293,8 +293,9 @@ class Runtime:
             calls.forget_frames(error)
             return FAILED, told, None
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, seq: int) -> None:
         """What the task has submitted lies in this process still, and would be lost with it."""
+        self._page.words[RETURNED] = seq
         context = self._context
         named, self._named = self._named, ()
         context.submitted = False

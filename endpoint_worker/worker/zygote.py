@@ -242,12 +242,12 @@ class Zygote:
         return found[0].progress if found is not None else 0
 
     def has_ended(self, worker: int, seq: int) -> bool:
-        """Whether a worker has ended an entry that it had started."""
+        """Whether a worker has ended an entry that it had started, but perhaps for handing over what that submitted."""
         found = self._workers.get(worker)
         if found is None:
             return False
         page = found[0]
-        return page.progress > seq or any(result[0] == seq for result in remains.results_of(page))
+        return page.has_returned(seq) or any(result[0] == seq for result in remains.results_of(page))
 
     def received(self, worker: int, seq: int) -> None:
         """A worker's results up to this one have come: its exit need not tell them again."""

@@ -932,6 +932,8 @@ def test_a_task_that_has_submitted_something_ends_when_its_agent_has_it(
     assert page.started() == (first[0], 1, first[1])
     assert page.results() == []
     page.close()
+    assert own.zygote.has_ended(1, first[0]), "nobody kills the worker for its walltime any more"
+    assert not own.zygote.has_ended(1, second[0])
     Path(path).touch()
     told = own.results(2)
     assert [result.seq for result in told] == [first[0], second[0]]
