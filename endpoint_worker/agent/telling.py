@@ -201,7 +201,7 @@ class Teller:
             "pulls",
             lambda: {ids.text(id): self._bulk.progress(id) for id in self._bulk.pulls()[:PARTIES_MAX]},
         )
-        yield "store", self._store.stats
+        yield "store", self._store.describe
         yield (
             "deadlines",
             lambda: {

@@ -51,7 +51,9 @@ class EarlierLife:
         self._folders = folders
         self._index = index
         self._first_number = first_number
-        self._workers: frozenset[int] = frozenset()
+        self._workers: frozenset[int] | None = (
+            None  # those that may still write; None: not known before `recover`
+        )
         self._found: dict[int, Found] = {}
         for folder, text, disk in folders.scan():
             try:
@@ -93,10 +95,12 @@ class EarlierLife:
 
     def find(self, number: int, path: str) -> Segment | None:
         """A segment of then that was not entered yet, by the path that its writer knows."""
-        file = self._found.pop(number, None)
-        if file is not None:
-            return self._take_up(file, file.name.writer)
         folder, _, text = path.rpartition("/")
+        file = self._found.get(number)
+        if file is not None:
+            if names.stem_of(file.text) != names.stem_of(text):
+                return None  # another object has lain there since
+            return self._take_up(self._found.pop(number), file.name.writer)
         said = names.parse(text)
         if not isinstance(said, names.Writing) or not self._is_of_then(said) or not os.path.exists(path):
             return None
@@ -112,7 +116,7 @@ class EarlierLife:
 
     def worker_gone(self, worker: int) -> None:
         """A worker is dead: what it made after we had looked, and did not tell of, goes."""
-        if worker not in self._workers:
+        if self._workers is None or worker not in self._workers:
             return
         for folder, text, _ in list(self._folders.scan()):
             said = names.parse(text)
@@ -121,7 +125,7 @@ class EarlierLife:
         self._workers -= {worker}
 
     def _is_of_then(self, said: names.Writing) -> bool:
-        return said.writer in self._workers and said.number < self._first_number
+        return (self._workers is None or said.writer in self._workers) and said.number < self._first_number
 
     def _look_at(self, folder: str, text: str, disk: bool) -> None:
         name = names.parse(text)

@@ -20,7 +20,8 @@ The methods return the segments whose files the shell is to unlink. Every operat
 
 from __future__ import annotations
 
-from typing import Final
+from itertools import islice
+from typing import Any, Final
 
 from endpoint_worker.store.model import PULL, Idle, Object, Reserved, Segment, Spill, capacity_for
 from endpoint_worker.store.pool import Pool
@@ -28,6 +29,7 @@ from gcref.errors import StoreFullError
 
 # A spill makes room for a quarter of the limit at once, so that not every allocation overflows.
 _SPILL_SHARE: Final = 0.25
+STRAYS_MAX: Final = 20
 
 
 class Index:
@@ -343,6 +345,17 @@ class Index:
     def deadline(self) -> float | None:
         """When `trim` has something to do; None: never, as things are."""
         return self._pool.deadline
+
+    def strays(self) -> list[dict[str, Any]]:
+        """Segments that belong to no object and are kept because somebody sees them: who does; `STRAYS_MAX` of them."""
+        found = (each for each in self.segments.values() if each.owner is None and each.seen)
+        return [
+            {
+                "name": each.name, "capacity": each.capacity, "disk": each.disk, "writer": each.writer,
+                "granted": dict(each.grants), "readers": each.readers, "exposed": each.exposed,
+            }
+            for each in islice(found, STRAYS_MAX)
+        ]  # fmt: skip
 
     def validate(self) -> None:
         """Check the accounts against themselves. For tests; takes as long as there are segments.

@@ -28,6 +28,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -139,10 +140,8 @@ class Store:
         unlink: list[Segment] = []
         with self._lock:
             for path in paths:
-                try:
+                with suppress(LookupError):  # its worker is gone, and so is the segment
                     unlink += self._index.abandon(self._written(path).number, time.monotonic(), reusable=True)
-                except LookupError:
-                    continue  # its worker is gone, and so is the segment
         self._unlink(unlink)
 
     def begin(self, id: bytes, attempt: int, size: int, cache: bool = True) -> Writable:
@@ -269,11 +268,9 @@ class Store:
         now = time.monotonic()
         with self._lock:
             for path, grants, reusable in items:
-                try:
+                with suppress(LookupError):  # a place of its own making harms nobody
                     number = self._folders.split(path)[0]
-                except LookupError:
-                    continue  # a place of its own making harms nobody
-                unlink += self._index.ungrant(worker, number, grants, reusable=bool(reusable), now=now)
+                    unlink += self._index.ungrant(worker, number, grants, reusable=bool(reusable), now=now)
         self._unlink(unlink)
 
     def ungrant(self, worker: int, paths: Iterable[str]) -> None:
@@ -379,6 +376,12 @@ class Store:
                 "spilled": index.spill_count,
                 "evicted": index.evict_count,
             }
+
+    def describe(self) -> dict[str, Any]:
+        """For developers: the figures, and who keeps bytes that belong to no object (any more); bounded."""
+        with self._lock:
+            strays = self._index.strays()
+        return {**self.stats(), "strays": strays}
 
     @property
     def limit_bytes(self) -> int:

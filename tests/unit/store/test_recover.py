@@ -234,6 +234,44 @@ def test_a_result_that_was_sealed_but_never_written_down_is_sealed_again(life: L
     second._index.validate()
 
 
+def test_a_worker_tells_of_bytes_in_whose_place_others_lie_by_now(life: Life) -> None:
+    """Its page still has a result whose object was spilled or freed; the segment serves another object since."""
+    first = life()
+    path = first.allocate(MB, 7).path
+    fill(path, data_of(1))
+    first.seal(A, 1, path, MB)
+    first.free([A])
+    put(first, B, data_of(2))
+    assert first._path(first._index.find(B).segment).rpartition("-")[0] == path.rpartition("-")[0]
+    second = life()
+    with pytest.raises(LookupError):
+        second.seal(A, 1, path, MB)
+    assert second.describe()["strays"] == []
+    assert second.recover({A: (1, MB), B: (1, MB)}, {7}) == {B: (1, MB)}
+    assert bytes_of(second, B) == data_of(2)
+    second.settle(7)
+    second.free([B])
+    assert second.stats()["used_bytes"] == 0
+    second._index.validate()
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_result_that_was_made_while_the_new_life_began(life: Life, lives: bool) -> None:
+    """Its worker had the path from the old one, and made the file when the new one had looked."""
+    first = life()
+    path = first.allocate(MB, 7).path
+    (stray,) = first.describe()["strays"]
+    assert (stray["writer"], stray["capacity"]) == (7, MB)
+    second = life()
+    fill(path, data_of(1))
+    second.seal(A, 1, path, MB)
+    assert second.recover({A: (1, MB)}, {7} if lives else ()) == {A: (1, MB)}
+    assert bytes_of(second, A) == data_of(1)
+    second.free([A])
+    assert files(second) == []
+    second._index.validate()
+
+
 def test_what_a_settled_worker_did_not_tell_of_goes(life: Life) -> None:
     first = life()
     path, writing = first.allocate(MB, 7).path, first.allocate(MB, 7).path
