@@ -619,8 +619,11 @@ class Control:
         self._memory.note_results(worker, raw)
         self._pool.zygote.received(worker, results[-1][0])
         told = self._resolver.handle(ev.Finished(self._pool.name_of(worker), ended))
+        # The bytes come first: dispatch may give a task that needs them to another worker at once. Then dispatch: it is to
+        # know that this worker is free before it hears of what has become runnable.
+        self._obey([each for each in told if each.__class__ is ev.Stored], now)
         self._obey(self._dispatch.handle(dp.Finished(worker, results, now)), now)
-        self._obey(told, now)
+        self._obey([each for each in told if each.__class__ is not ev.Stored], now)
         if unread:
             self._tell_lost(now)
             for task, obj in unread:

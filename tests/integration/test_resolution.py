@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import pathlib
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
@@ -33,6 +34,12 @@ class Box:
     content: Any
 
 
+@pytest.fixture
+def two_workers() -> Iterator[Executor]:
+    with Executor(user_endpoint_config={"workers": 2}) as executor:
+        yield executor
+
+
 def test_r1_a_future_that_is_not_done_is_an_argument(work: Work, gate: Gate, tmp_path: pathlib.Path) -> None:
     started = tmp_path / "started"
 
@@ -55,6 +62,25 @@ def test_r2_it_moves_from_site_to_site_once_and_not_through_the_client(work: Wor
     moved = sum(sum(use.record.pulled_bytes.values()) for use in uses if use.record is not None)
     assert 300_000 <= moved < 310_000, "once"
     assert sum(work.client.payload_bytes().values()) == 0
+
+
+def large_after(seconds: float, *_before: bytes) -> bytes:
+    time.sleep(seconds)
+    return bytes(150_000)
+
+
+def test_r2_links_of_a_chain_move_to_another_worker_when_one_takes_long(two_workers: Executor) -> None:
+    """The next link was sent ahead to the same worker, is taken back, and given to the other one when its argument is there."""
+    for last in two_workers.map(large_after, [0.0] * 20):  # short, as far as anybody knows
+        assert len(last) == 150_000
+    chains = []
+    for _ in range(12):
+        for chain in range(4):
+            future = two_workers.submit(large_after, 0.0)
+            for link in range(3):
+                future = two_workers.submit(large_after, 0.03 if link == chain else 0.0, future)
+            chains.append(future)
+        assert [len(future.result(WAIT_S)) for future in chains[-4:]] == [150_000] * 4
 
 
 def test_r3_keyword_star_args_and_three_times_in_one_call(work: Work) -> None:
