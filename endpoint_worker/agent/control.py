@@ -482,8 +482,9 @@ class Control:
         if source == obj.home:
             token, mode = (obj.extra.token if obj.extra is not None else b"") or None, m.MODE_PATH
             attempt = obj.attempt
-        else:
-            token, mode, attempt = self._resolver.token_of(obj), m.MODE_INTO, 1
+        else:  # an upload: its client writes it into our file; another agent, which relays it, shares its own
+            from_agent = self._peers.kind_of(source) == pe.ENDPOINT
+            token, mode, attempt = self._resolver.token_of(obj), m.MODE_PATH if from_agent else m.MODE_INTO, 1
         self._bulk.pull(obj.id, attempt, obj.size, source, token, mode, self._reaching.owner_keys.get(source))
 
     def _cancel_pull(self, cancel: ev.CancelPull, now: float) -> None:

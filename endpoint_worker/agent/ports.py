@@ -51,8 +51,8 @@ class StoreProvider:
         return self._store.expose(self._find(id, requester, token), attempt)
 
     def fill(self, id: bytes, attempt: int, path: str, requester: Requester, token: bytes | None) -> int:
-        """Nobody uploads from an agent: what a task sends elsewhere is pulled as an object of ours."""
-        raise LookupError("an agent has no upload of that id")
+        """Nobody has an agent write into their files: what a task sends elsewhere is pulled as an object of ours (`expose`)."""
+        raise LookupError("an agent writes into nobody's file")
 
 
 class StoreSink:

@@ -247,6 +247,11 @@ class Peers:
         link = peer.link_up if peer is not None else None
         return link.carrier if link is not None else None
 
+    def kind_of(self, party: bytes) -> str:
+        """What a party is: `CLIENT` or `ENDPOINT`; "" if it was never met."""
+        peer = self._peers.get(party)
+        return "" if peer is None else peer.kind
+
     def owner_of(self, party: bytes) -> bytes | None:
         """The owner key (z85) that a party has shown; None: it was never met."""
         peer = self._peers.get(party)

@@ -83,6 +83,22 @@ def test_r2_links_of_a_chain_move_to_another_worker_when_one_takes_long(two_work
         assert [len(future.result(WAIT_S)) for future in chains[-4:]] == [150_000] * 4
 
 
+def hand_on(endpoint: str, size: int, how: str) -> Any:
+    """A task that submits another one, at another site, with an argument of its own making."""
+    executor = Executor(endpoint)
+    data = executor.put(bytes(size)) if how == "put" else bytes(size)
+    future = executor.submit(len, data)
+    return future.result(30) if how == "waits" else future
+
+
+@pytest.mark.parametrize("size", [1000, 200_000, 5_000_000])
+@pytest.mark.parametrize("how", ["tail call", "waits", "put"])
+def test_r2_a_task_hands_its_own_arguments_to_another_site(
+    work: Work, two_sites: Sites, how: str, size: int
+) -> None:
+    assert work.a.submit(hand_on, str(two_sites.midway.endpoint_id), size, how).result(WAIT_S) == size
+
+
 def test_r3_keyword_star_args_and_three_times_in_one_call(work: Work) -> None:
     def check(a: bytes, *rest: bytes, key: bytes) -> bool:
         return a == rest[0] == key and a is key
