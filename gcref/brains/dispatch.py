@@ -273,10 +273,14 @@ class Dispatch:
         if self._resuming:
             return 0
         if self._idle:
-            return min(len(self._idle), self._free())
-        if not self._blocked:
+            found = min(len(self._idle), self._free())
+        elif self._blocked:
+            found = min(self._free(), self._max_workers - len(self._workers)) - self._starting
+        else:
             return 0
-        return min(self._free() - self._starting, self._max_workers - len(self._workers) - self._starting)
+        return max(
+            0, found
+        )  # more may be starting than there are slots: those who lent theirs have come back meanwhile
 
     def _surplus(self) -> int:
         """Workers that could run tasks, beyond the slots."""

@@ -548,6 +548,21 @@ def test_what_was_on_its_way_to_a_blocked_worker_comes_back_after_the_lease() ->
     assert b.state == READY
 
 
+def test_a_worker_asks_while_more_are_starting_than_there_are_slots() -> None:
+    """They were called for when slots were lent; the tasks that they were for are cancelled, and the lender is back."""
+    bench = Bench()
+    a, b, c, d, e = bench.tasks("a b c d e")
+    assert bench.ready([a, b, c, d]) == "1<-a ; 2<-b"
+    bench.start(1, a)
+    bench.start(2, b)
+    assert [bench.do(ev.Blocked(1, a, 0.0)), bench.do(ev.Blocked(2, b, 0.0))] == ["spawn 1"] * 2
+    assert bench.do(ev.Cancel([c, d], 0.0)) == "cancelled c d"
+    assert bench.do(ev.Resume(1, a, 0.0)) == "slot 1"
+    assert bench.finish(1, a) == ""
+    assert bench.ready([e]) == "1<-e"
+    assert bench.do(ev.Asked(1, e.seq, 0.0)) == "grant 1"
+
+
 def test_resumes_are_served_in_order() -> None:
     bench = Bench(1)
     a, b, c = bench.tasks("a b c")
