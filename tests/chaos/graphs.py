@@ -453,7 +453,14 @@ def _evaluate(node: Node, graph: Graph, found: list[Expected]) -> Expected:
 def _inner_value(parent: Node, inner: Node, found: list[Expected]) -> Expected:
     if any(isinstance(found[n], Bad) for n in parent.deps):
         return Bad(frozenset({"DependencyError"}))
-    return Good(digest(value_of(inner, [digest(key_of(parent.number, _given(parent, found)))])))
+    return Good(
+        digest(value_of(inner, [digest(handed_on(inner, key_of(parent.number, _given(parent, found))))]))
+    )
+
+
+def handed_on(inner: Node, key: int) -> Any:
+    """What a task makes for the one that it submits, and gives it as its argument: as large as that one's own value."""
+    return make(inner.shape, inner.size, key)
 
 
 def _given(node: Node, found: list[Expected]) -> list[str]:

@@ -12,7 +12,7 @@ import time
 from typing import Any, NamedTuple
 
 from gcref import ComputeFuture, Executor, ObjectRef
-from tests.chaos.graphs import Kind, Node, digest, gather, key_of, make
+from tests.chaos.graphs import Kind, Node, digest, gather, handed_on, key_of, make
 
 STARTED, ENDED = "started", "ended"
 
@@ -110,7 +110,7 @@ def _end(node: Node, setting: Setting, given: list[str], values: list[Any]) -> A
 
 def _submit_inner(inner: Node, setting: Setting, key: int) -> ComputeFuture[Any]:
     executor = Executor(setting.homes[inner.site], retries=inner.retries)
-    return executor.submit(work, inner, setting, key)
+    return executor.submit(work, inner, setting, handed_on(inner, key))
 
 
 def _note(node: Node, setting: Setting, what: str) -> int:
