@@ -138,6 +138,11 @@ class Elsewhere:
                 graph.end(obj, DONE, None, value)
             elif obj.waiters or obj.pins:
                 graph.want(obj)
+            if isinstance(extra.deferred, Obj):  # the arguments of a task that we relayed: it has run
+                upload, extra.deferred = extra.deferred, None
+                graph.drop(upload)
+                if not obj.pins and obj.holds == 0:
+                    graph.garbage.append(obj)
             graph.end_aliases_of(obj)
         elif status == m.FAILED:
             graph.end(obj, FAILED, None, 0, value)

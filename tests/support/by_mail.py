@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Final
 
 MODULES: Final = frozenset(
-    ("test_resolution", "test_values", "test_errors", "test_waiting", "test_cancel")
-)  # BEHAVIOURS R, V, E, W, C
+    ("test_resolution", "test_values", "test_errors", "test_waiting", "test_cancel", "test_calm")
+)  # BEHAVIOURS R, V, E, W, C; and all of it at once
 
 _WITHIN: Final = "what it shows happens within an endpoint, which has no carrier"
 _SERIALIZED: Final = (

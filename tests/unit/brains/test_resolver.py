@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from gcref.brains import recovery
 from gcref.brains import resolver_events as ev
 from gcref.brains.resolver import Resolver
-from gcref.brains.tasks import DISPATCHED, READY, WAITING, Task, is_task
+from gcref.brains.tasks import DISPATCHED, DONE, READY, WAITING, Task, is_task
 from gcref.objects import failure as failures
 from gcref.wire import messages as m
 from tests.support.timing import cpu_seconds
@@ -216,7 +217,9 @@ def test_who_waits_here_for_another_homes_alias_is_sent_on_or_told() -> None:
     assert items(finish(r, 3))[object_id(1)][2] == b"v", "an alias of what is made here: it is told the value"
 
 
-def test_a_relayed_task_goes_on_when_nobody_waits_for_it_any_more() -> None:
+@pytest.mark.parametrize("status", [m.OK, m.STORED, m.FAILED])
+@pytest.mark.parametrize("pending", [False, True])
+def test_a_relayed_task_goes_on_when_nobody_waits_for_it_any_more(status: int, pending: bool) -> None:
     r = resolver()
     worker = ev.Who(b"w" * 16, "worker", OWNER, "client")
     large = [object_id(2), -1, None, None, None, [b"u" * 16, 1 << 20]]
@@ -224,10 +227,19 @@ def test_a_relayed_task_goes_on_when_nobody_waits_for_it_any_more() -> None:
     assert r.handle(ev.PartyGone(worker.party, 2.0)) == []
     told = r.handle(ev.Pulled([(b"u" * 16, 1, {"ipc": 1 << 20}, None)]))
     assert [type(i) for i in told] == [ev.Relay]
-    told = r.handle(ev.Outcomes(THERE, [[object_id(n), m.OK, b"v", 1, None] for n in (1, 2)], "direct"))
-    assert [sorted(i.ids) for i in told if isinstance(i, ev.Unsubscribe)] == [[object_id(1), object_id(2)]]
+    if pending:
+        items_ = [[object_id(n), m.PENDING, None, 0, None] for n in (1, 2)]
+        (let_go,) = r.handle(ev.Outcomes(THERE, items_, "direct"))
+        assert let_go == ev.Unsubscribe(THERE, [object_id(1)]), "the other one's arguments are here still"
+    value: Any = {m.OK: b"v", m.STORED: 1 << 20, m.FAILED: failures.make("TaskError", "no")}[status]
+    told = r.handle(ev.Outcomes(THERE, [[object_id(n), status, value, 1, None] for n in (1, 2)], "direct"))
+    gone = [id for i in told if isinstance(i, ev.Unsubscribe) for id in i.ids]
+    assert sorted(gone) == [object_id(n) for n in ((2,) if pending else (1, 2))]
     r.validate()
-    assert ev.Free([b"u" * 16]) in told
+    assert b"u" * 16 in [id for i in told if isinstance(i, ev.Free) for id in i.ids]
+    assert all(each.state >= DONE for each in r.objects.values()), (
+        "only small values stay, until their home says FORGET"
+    )
 
 
 def test_a_reference_inside_a_result_is_pinned_before_it_is_told() -> None:
