@@ -89,8 +89,8 @@ class _Dump:
         turn = graph.graves_turn_at
         left = None if turn is None else turn - graph.now
         yield ["graph", VERSION, graph.me, dict(graph.counts), left]
-        yield ["functions", b"".join(graph.functions)]
-        yield ["homes", b"".join(graph.homes)]
+        yield ["functions", b"".join(sorted(graph.functions))]
+        yield ["homes", b"".join(sorted(graph.homes))]
         in_table = len(self._objects)
         at = 0
         while at < len(self._objects):  # what the table does not have is added to the list as it is met
@@ -114,7 +114,7 @@ class _Dump:
                 yield ["graves", generation, b"".join(ids[start : start + IDS_BATCH])]
         waiting = [[fn, self._all(_open(tasks))] for fn, tasks in graph.fn_waiters.items()]
         yield ["fn_waiters", waiting]
-        yield ["reclaims", [[party, b"".join(ids)] for party, ids in graph.reclaims.items()]]
+        yield ["reclaims", [[party, b"".join(sorted(ids))] for party, ids in graph.reclaims.items()]]
 
     def _number(self, obj: Obj) -> int:
         number = self._numbers.get(id(obj))
@@ -156,7 +156,7 @@ class _Dump:
         elif group is not None and (pins is group.only_submitter or pins == group.only_submitter):
             told = True
         else:
-            told = b"".join(pins)
+            told = b"".join(sorted(pins))
         return [
             obj.id,
             None if obj.home == self._graph.me else obj.home,
@@ -193,7 +193,7 @@ class _Dump:
         return [
             sum(1 << bit for bit, name in enumerate(_FLAGS) if getattr(extra, name)),
             [getattr(extra, name) for name in _PLAIN],
-            None if extra.cachers is None else b"".join(extra.cachers),
+            None if extra.cachers is None else b"".join(sorted(extra.cachers)),
             None if extra.target is None else self._number(extra.target),
             None if extra.aliases is None else self._all(extra.aliases),
             None if extra.awaited_by is None else self._all(_open(extra.awaited_by)),
