@@ -5,7 +5,7 @@ when an `Executor` is made and when a future is waited for. In every other proce
 module knows neither side, which is what lets the two sides not know each other.
 
     worker runtime ──sets──▶ task_context.current ◀──reads── Executor, ComputeFuture.result()
-                   ──calls─▶       .hand_over     ◀──sets─── Executor.submit()
+                   ──calls─▶       .hand_over     ◀──sets─── the SDK's I/O thread, when it starts (`sdk.handover`)
 """
 
 from __future__ import annotations

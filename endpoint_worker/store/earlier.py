@@ -51,9 +51,8 @@ class EarlierLife:
         self._folders = folders
         self._index = index
         self._first_number = first_number
-        self._workers: frozenset[int] | None = (
-            None  # those that may still write; None: not known before `recover`
-        )
+        # Those that may still write; None: not known before `recover`.
+        self._workers: frozenset[int] | None = None
         self._found: dict[int, Found] = {}
         for folder, text, disk in folders.scan():
             try:

@@ -133,6 +133,8 @@ class Process:
         if not frame:
             self._link = None
             self._alone_since = time.monotonic()
+            for pid in self._workers:  # the agent may have stopped one to look at it, a moment before it died
+                os.kill(pid, signal.SIGCONT)
             return self._listener is not None
         command = codec.unpack(frame, FRAME_MAX_BYTES)
         if command[0] == SPAWN:

@@ -278,9 +278,8 @@ class Dispatch:
             found = min(self._free(), self._max_workers - len(self._workers)) - self._starting
         else:
             return 0
-        return max(
-            0, found
-        )  # more may be starting than there are slots: those who lent theirs have come back meanwhile
+        # More may be starting than there are slots: those who lent theirs have come back meanwhile.
+        return max(0, found)
 
     def _surplus(self) -> int:
         """Workers that could run tasks, beyond the slots."""

@@ -13,7 +13,7 @@ from endpoint_worker.agent.stopping import stop
 from endpoint_worker.worker import channel
 from gcref import ids
 from gcref.wire.messages import OK
-from tests.support.waiting import patience
+from tests.support.waiting import patience, wait_until
 from tests.unit.worker.fake_agent import FakeAgent, Result, begun, open_pipe
 from tests.unit.worker.test_runtime import add, wait_for, wait_lending
 
@@ -106,8 +106,13 @@ def test_a_worker_that_came_up_while_nobody_was_there(agent: FakeAgent) -> None:
 
 
 def test_a_stopped_worker_is_tried_seldom_and_forgotten_when_it_dies(agent: FakeAgent) -> None:
-    os.kill(agent.pids[1], signal.SIGSTOP)
+    process = psutil.Process(agent.pids[1])
+    assert stop(process.pid, agent.zygote.pid)
     agent.die()
+    wait_until(
+        lambda: process.status() != psutil.STATUS_STOPPED, what="what the dead agent had stopped to go on"
+    )
+    process.suspend()
     pool = pool_of(agent)
     tries, now = 0, 0.0
     while pool.deadline is not None and pool.deadline < 60:
