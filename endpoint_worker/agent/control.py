@@ -287,6 +287,8 @@ class Control:
         self._obey(taken_up.instructions, now)
         for id, force, who in taken_up.cancels:
             self._cancels.asked([id], force, who, now)
+        for party in taken_up.gone:
+            self._reaching.party_gone(party, now)
         for party in {*self._resolver.parties(), *self._peers.parties()}:
             if not self._peers.is_up(party) and self._pool.worker_of_party(party) is None:
                 self._reaching.is_away(party, now)

@@ -11,7 +11,7 @@ All of it happens before the agent's loop runs; what the loop is to begin with i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any, Final, NamedTuple
 
 from endpoint_worker.agent.losses import worker_lost
@@ -35,15 +35,17 @@ class TakenUp(NamedTuple):
         adopted: of the living ones: number, the task that it is running or None, its seq, whether it has lent its slot.
         instructions: of the resolver; to be obeyed once dispatch knows the workers.
         cancels: (id, force, who asked): told to the dead agent, for tasks that have not ended.
+        gone: parties that were the SDK inside workers that are dead.
     """
 
     remains: list[Remains]
     adopted: list[tuple[int, Task | None, int, bool]]
     instructions: list[Any]
     cancels: list[tuple[bytes, bool, ev.Who]]
+    gone: Set[bytes]
 
 
-NOTHING: Final = TakenUp([], [], [], [])
+NOTHING: Final = TakenUp([], [], [], [], frozenset())
 """Of an endpoint that does not come back."""
 
 
@@ -80,8 +82,6 @@ def take_up(
         elif task is not None:
             failure = worker_lost(one.exited, "while the endpoint's agent was down")
             resolver.replay(ev.Ended([task], failure, True))
-    for party in recalled.workers - {one.config.party for one in remains if one.exited is None}:
-        resolver.replay(ev.PartyGone(party, now))
     wanted = resolver.wanted_bytes()
     for one in remains:
         _seal(one, wanted, store)
@@ -93,7 +93,8 @@ def take_up(
             "recovered %d objects, %d of them in the store; %d workers live, %d of them at work",
             len(resolver.objects), len(stored), len(adopted), len(running),
         )  # fmt: skip
-    return TakenUp(remains, adopted, instructions, recalled.cancels)
+    gone = recalled.workers - {one.config.party for one in remains if one.exited is None}
+    return TakenUp(remains, adopted, instructions, recalled.cancels, gone)
 
 
 def _may_cancel(resolver: Resolver, id: bytes, who: ev.Who) -> bool:

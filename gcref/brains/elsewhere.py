@@ -14,6 +14,7 @@ from typing import Any
 from gcref.brains import resolver_events as ev
 from gcref.brains.graph import Graph
 from gcref.brains.tasks import CANCELLED, DONE, FAILED, LOST, NOBODY, WAITING, Extra, Group, Obj
+from gcref.errors import LostReason
 from gcref.objects import failure as failures
 from gcref.objects.ref import read_token
 from gcref.wire import messages as m
@@ -208,15 +209,42 @@ class Elsewhere:
                 return
         elif not extra.pulling:
             return
-        extra.pulling = False
-        state = LOST if event.failure[0] == "ObjectLostError" else FAILED
-        self._graph.end(obj, state, None, 0, event.failure)
-        if extra.relay is not None and not of_other:
-            # The argument blob of a task that was to be relayed: that task will never reach its home.
-            task = self._graph.objects.get(extra.relay[6][0][0])
-            if task is not None and task.state < DONE:
-                self._graph.end(task, state, None, 0, event.failure)
+        self._not_to_be_had(obj, event.failure)
         self._graph.settle()
+
+    def submitter_gone(self, party: bytes) -> None:
+        """A party is gone: what it was to upload, and has not, will never come."""
+        graph = self._graph
+        failure = failures.make(
+            "ObjectLostError",
+            "the bytes are lost: the process that submitted them ended before they were fetched",
+            reason=LostReason.HOME_LOST.value,
+        )
+        uploads = [
+            obj
+            for obj in graph.objects.values()
+            if obj.extra is not None
+            and obj.extra.pulling
+            and (obj.home == graph.me or obj.extra.relay is not None)
+            and obj.group is not None
+            and obj.group.submitter == party
+        ]
+        for obj in uploads:
+            graph.out.append(ev.CancelPull(obj.id))
+            self._not_to_be_had(obj, failure)
+
+    def _not_to_be_had(self, obj: Obj, failure: list[Any]) -> None:
+        """An object ends without the bytes that were being fetched."""
+        graph, extra = self._graph, obj.extra
+        assert extra is not None
+        extra.pulling = False
+        state = LOST if failure[0] == "ObjectLostError" else FAILED
+        graph.end(obj, state, None, 0, failure)
+        if extra.relay is not None and obj.home == graph.me:
+            # The argument blob of a task that was to be relayed: that task will never reach its home.
+            task = graph.objects.get(extra.relay[6][0][0])
+            if task is not None and task.state < DONE:
+                graph.end(task, state, None, 0, failure)
 
     def pull_waits(self, event: ev.PullWaits) -> None:
         """The home has not the bytes that it spoke of: it will speak of the object again."""

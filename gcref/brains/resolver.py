@@ -437,6 +437,7 @@ class Resolver:
                     self._graph.garbage.append(obj)
             if obj.extra is not None and obj.extra.cachers:
                 obj.extra.cachers.discard(party)
+        self._elsewhere.submitter_gone(party)
         self._graph.settle()
 
     # -------------------------------------------------------------------------------------------- ends of tasks

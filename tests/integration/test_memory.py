@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,8 +18,10 @@ from typing import Final
 import pytest
 
 from gcref import Client, ComputeFuture, Executor, LocalEndpoint
-from gcref.errors import DependencyError, StoreFullError
+from gcref.errors import DependencyError, StoreFullError, WorkerLostError
+from tests.support.deaths import runs, wait_forever
 from tests.support.endpoints import ask, host_folder, store_of, used_bytes
+from tests.support.named import running
 from tests.support.tasks import Gate, blob_of, hold, inc
 from tests.support.waiting import patience, wait_until
 
@@ -246,6 +249,47 @@ def test_l3_pulls_wait_for_room(home: Path, disk: Disk) -> None:
         kept.pop()
         gc.collect()
         assert late.result(WAIT_S) == expected[0]
+
+
+def leave_large_and_wait(path: str, site: str) -> None:
+    """Submits a task with a large argument, which is not fetched yet when its worker dies."""
+    left = Executor(site).submit(len, bytes(9 * MB))
+    wait_forever(path)
+    left.result()
+
+
+@pytest.mark.parametrize("site", ["site", "other"])
+@pytest.mark.parametrize("agent_dies", [False, True])
+def test_nobody_waits_for_arguments_that_died_with_their_worker(
+    home: Path, disk: Disk, tmp_path: Path, site: str, agent_dies: bool
+) -> None:
+    config = {"bind": "127.0.0.1", "store_limit_bytes": LIMIT, "spill_dir": str(disk(10 * MB))}
+    with (
+        running("site", store_wait_s=WAIT_S, **config) as one,
+        running("other", workers=1),
+        Client() as client,
+    ):
+        executor = Executor("site", client)
+        kept = [executor.submit(blob_of, 9 * MB) for _ in range(3)]
+        assert [future.exception(WAIT_S) for future in kept] == [None] * 3
+        before = ask("site")["objects"]
+        path = tmp_path / "runs"
+        lost = executor.submit(leave_large_and_wait, str(path), site)
+        (pid,) = wait_until(lambda: runs(path), what="the task to submit another one")
+        wait_until(lambda: ask("site")["store"]["pulls_refused"] == 1, what="its argument to wait for room")
+        if agent_dies:
+            one.kill()
+        os.kill(pid, signal.SIGKILL)
+        if agent_dies:
+            one.start()
+        assert isinstance(lost.exception(WAIT_S), WorkerLostError)
+        del lost
+        wait_until(lambda: ask("site")["objects"] == before, what="what it has left behind to be given up")
+        store = ask("site")["store"]
+        assert (store["pulls_waiting"], store["pulls_in_flight"]) == (0, 0)
+        links = ask("site")["links"].values()
+        away = [link for link in links if link["kind"] == "client" and not link["up"]]
+        assert not away, "the worker is not expected back"
 
 
 def test_l3_a_pull_that_finds_no_room_ends_in_a_typed_error(home: Path, disk: Disk) -> None:

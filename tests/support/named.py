@@ -83,5 +83,7 @@ def running(name: str, **settings: Any) -> Iterator[NamedEndpoint]:
     """An endpoint that runs, and of which nothing is left afterwards."""
     endpoint = NamedEndpoint(name, **settings)
     endpoint.start()
-    yield endpoint
-    endpoint.remove()
+    try:
+        yield endpoint
+    finally:
+        endpoint.remove()

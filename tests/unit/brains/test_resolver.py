@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from gcref.brains import recovery
 from gcref.brains import resolver_events as ev
 from gcref.brains.resolver import Resolver
 from gcref.brains.tasks import DISPATCHED, DONE, READY, WAITING, Task, is_task
+from gcref.errors import LostReason
 from gcref.objects import failure as failures
 from gcref.wire import messages as m
 from tests.support.timing import cpu_seconds
@@ -224,9 +226,9 @@ def test_a_relayed_task_goes_on_when_nobody_waits_for_it_any_more(status: int, p
     worker = ev.Who(b"w" * 16, "worker", OWNER, "client")
     large = [object_id(2), -1, None, None, None, [b"u" * 16, 1 << 20]]
     submit(r, task(1), large, who=worker, home=THERE)
-    assert r.handle(ev.PartyGone(worker.party, 2.0)) == []
     told = r.handle(ev.Pulled([(b"u" * 16, 1, {"ipc": 1 << 20}, None)]))
     assert [type(i) for i in told] == [ev.Relay]
+    assert r.handle(ev.PartyGone(worker.party, 2.0)) == []
     if pending:
         items_ = [[object_id(n), m.PENDING, None, 0, None] for n in (1, 2)]
         (let_go,) = r.handle(ev.Outcomes(THERE, items_, "direct"))
@@ -240,6 +242,30 @@ def test_a_relayed_task_goes_on_when_nobody_waits_for_it_any_more(status: int, p
     assert all(each.state >= DONE for each in r.objects.values()), (
         "only small values stay, until their home says FORGET"
     )
+
+
+@pytest.mark.parametrize("home", [HERE, THERE])
+def test_what_a_vanished_party_was_to_upload_is_waited_for_no_longer(home: bytes) -> None:
+    r = resolver()
+    worker = ev.Who(b"w" * 16, "worker", OWNER, "client")
+    upload = b"u" * 16
+    submit(r, [object_id(1), -1, None, None, None, [upload, 1 << 20]], task(2), who=worker, home=home)
+    put = ev.Offered(worker, home, GROUP, SECRET, [[object_id(3), 1 << 20, None]], 1.0)
+    assert [type(i) for i in r.handle(put)] == [ev.Pull]
+    asker = [[object_id(number), None, None, False] for number in (1, 3)]
+    r.handle(ev.Subscribed(USER, home, asker, 1.0))
+    told = r.handle(ev.PartyGone(worker.party, 2.0))
+    r.validate()
+    assert [i.id for i in told if isinstance(i, ev.CancelPull)] == [upload, object_id(3)]
+    heard = items(told)
+    assert heard[object_id(3)][1:3] == [m.LOST, [LostReason.HOME_LOST.value, ANY]]
+    assert heard[object_id(1)][1] == (m.FAILED if home == HERE else m.LOST)
+    assert "ended before they were fetched" in str(heard[object_id(1)][2])
+    told = r.handle(ev.Pulled([(upload, 1, {"ipc": 1 << 20}, None)]))
+    assert told == [ev.Free([upload])], "it came too late"
+    r.handle(ev.Unsubscribed(USER, [object_id(1), object_id(3)]))
+    finish(r, 2) if home == HERE else r.handle(ev.HomeLost(THERE, failures.make("EndpointLostError", "gone")))
+    assert not r.objects
 
 
 def test_a_reference_inside_a_result_is_pinned_before_it_is_told() -> None:
