@@ -13,10 +13,8 @@ import contextlib
 import dataclasses
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -33,6 +31,7 @@ from gcref.carriers import keys
 from gcref.directory import records
 from gcref.directory.records import EndpointRecord
 from gcref.errors import GcrefError
+from tests.support.ports import free_ports
 from tests.support.proxy import Proxy
 from tests.support.waiting import patience, wait_until
 
@@ -44,9 +43,6 @@ MARK: Final = "GCREF_CHAOS_SITE"
 """The environment variable by which a site's processes are known, also those that outlive their agent."""
 
 _ROOT: Final = Path(__file__).resolve().parents[2]
-_PORTS: Final = range(
-    20_000, 32_000
-)  # below those that the system hands out: they are still free after a restart
 _COMMAND_S: Final = 60.0
 
 
@@ -243,7 +239,7 @@ class World:
         self.effects = folder / "effects"
         self.effects.mkdir()
         self.links: dict[str, Link] = {}
-        ports = _free_ports(2 * count)
+        ports = free_ports(2 * count)
         settings = {**settings, "carriers": ["ipc", "direct"]}
         self.sites = [
             Site(name, folder / name, (ports.pop(), ports.pop()), settings) for name in NAMES[:count]
@@ -360,18 +356,6 @@ def _is_worker(pid: int) -> bool:
         return os.getpgid(pid) == pid != os.getsid(pid)
     except OSError:
         return False
-
-
-def _free_ports(count: int) -> list[int]:
-    found: list[int] = []
-    dice = random.SystemRandom()
-    while len(found) < count:
-        port = dice.choice(_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            if port not in found:
-                found.append(port)
-    return found
 
 
 def _all_at_once(works: list[Any]) -> None:

@@ -6,7 +6,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from gcref.directory.hub import HubClient, Registration
 from gcref.errors import AuthError, HubUnavailableError, NotFoundError
 from gcref.hub.database import Base, Database
 from tests.support.hub import Hub
+from tests.support.ports import free_ports
 from tests.support.waiting import patience, wait_until
 
 PROGRAMS = Path("/usr/lib/postgresql")
@@ -42,9 +42,7 @@ class PostgreSQL:
         folder.mkdir(mode=0o755)
         if self._user is not None:
             os.chown(folder, self._user.pw_uid, self._user.pw_gid)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.url = f"postgresql://hub@127.0.0.1:{self.port}/postgres"
         data = str(folder / "data")
         subprocess.run(

@@ -26,6 +26,7 @@ from gcref.hub import users
 from gcref.hub.config import load
 from gcref.hub.database import Database
 from gcref.hub.rabbitmq import die_with_us
+from tests.support.ports import free_ports
 from tests.support.programs import environment
 from tests.support.waiting import patience, wait_until
 
@@ -62,7 +63,7 @@ class Hub:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.host = host
-        self.port = _free_port(host)
+        (self.port,) = free_ports(1, host)
         scheme = "https" if "cert" in settings else "http"
         self.url = f"{scheme}://{host}:{self.port}"
         self.config = folder / "hub.toml"
@@ -203,10 +204,3 @@ class Hub:
         except OSError:
             return False
         return f"ready at {self.url}" in self.log.read_text()
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        found: int = probe.getsockname()[1]
-        return found

@@ -26,6 +26,7 @@ from typing import Any, Final, Self
 from gcref.carriers.mail.post import MailboxAccess, queue_of
 from gcref.hub import rabbitmq
 from tests.support.leaks import lasts
+from tests.support.ports import free_ports
 from tests.support.waiting import wait_until
 
 SERVER: Final = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
@@ -67,7 +68,7 @@ class Rabbit:
     def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
         self.folder = folder
         self.host = host
-        self.port, self.management_port, self._dist_port, self._epmd_port = _free_ports(4)
+        self.port, self.management_port, self._dist_port, self._epmd_port = free_ports(4)
         self.admin = "admin"
         self.password = secrets.token_hex(16)
         self._server: subprocess.Popen[bytes] | None = None
@@ -290,18 +291,3 @@ class Rabbit:
         except OSError:  # URLError is one
             return False
         return True
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody has now. They are taken below those that the system hands out by itself."""
-    found: list[int] = []
-    while len(found) < count:
-        port = 20_000 + secrets.randbelow(10_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in found:
-            found.append(port)
-    return found
