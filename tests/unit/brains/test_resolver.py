@@ -264,7 +264,10 @@ def test_what_a_vanished_party_was_to_upload_is_waited_for_no_longer(home: bytes
     told = r.handle(ev.Pulled([(upload, 1, {"ipc": 1 << 20}, None)]))
     assert told == [ev.Free([upload])], "it came too late"
     r.handle(ev.Unsubscribed(USER, [object_id(1), object_id(3)]))
-    finish(r, 2) if home == HERE else r.handle(ev.HomeLost(THERE, failures.make("EndpointLostError", "gone")))
+    if home == HERE:
+        finish(r, 2)
+    else:
+        r.handle(ev.HomeLost(THERE, failures.make("EndpointLostError", "gone")))
     assert not r.objects
 
 
