@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -74,6 +75,8 @@ CARRIERS: Final = frozenset(("ipc", "direct", "broker"))
 
 _SHARED_MEMORY: Final = "/dev/shm"
 _HOST_DISK: Final = "/var/tmp"
+# Each starting agent sweeps once, and many may start at a time.
+_MAKE_TRIES: Final = 100
 
 
 class ClientConfig(NamedTuple):
@@ -172,6 +175,8 @@ def carriers_allowed(explicit: Iterable[str] | None = None) -> frozenset[str]:
 def host_dir(party: bytes | None = None) -> Path:
     """Give the folder of a party in this machine's memory, made and checked.
 
+    Until the party has its lock, a sweep takes a folder that is empty for one that is left; `claim` makes it again.
+
     Args:
         party: its id; None: the folder that holds the folders of all parties of this user.
 
@@ -213,6 +218,19 @@ def _own_dir(root: str, party: bytes | None) -> Path:
 
 
 def _make_own(folder: str) -> None:
+    for _ in range(_MAKE_TRIES):
+        with suppress(FileNotFoundError):  # it was empty, and swept as one that is left: made again
+            _make(folder)
+            _check_own(folder)
+            return
+    raise ConfigError(
+        f"the folder {folder} is removed by others as often as it is made",
+        file=folder,
+        remedy="find who clears away there, and have this user's folders left alone",
+    )
+
+
+def _make(folder: str) -> None:
     try:
         os.mkdir(folder, 0o700)
     except FileExistsError:
@@ -223,6 +241,9 @@ def _make_own(folder: str) -> None:
             file=folder,
             remedy="make room or rights for this user there",
         ) from error
+
+
+def _check_own(folder: str) -> None:
     # lstat: a symbolic link to a folder of ours is not a folder of ours.
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():

@@ -21,6 +21,7 @@ from endpoint_worker.store.sweep import (
     sweep,
     unmark_recoverable,
 )
+from gcref import config
 
 NAME = "0123456789abcdef" * 2
 OTHER = "f" * 32
@@ -156,21 +157,25 @@ def test_a_claim_of_a_living_partys_folder_is_refused(host: Path, monkeypatch: p
     release(host / NAME, lock)
 
 
-def test_starting_and_sweeping_at_once_never_harms_a_party(host: Path) -> None:
+def test_starting_and_sweeping_at_once_never_harms_a_party(
+    host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Parties start, live and are killed while others sweep: while one lives, its folder is its own."""
+    monkeypatch.setattr(config, "_SHARED_MEMORY", str(host))
     errors: list[BaseException] = []
     ended = threading.Event()
 
     def live(name: str) -> None:
         try:
             for n in range(150):
-                lock = claim(host / name)
-                mark = host / name / "mark"
+                folder = config.host_dir(bytes.fromhex(name))
+                lock = claim(folder)
+                mark = folder / "mark"
                 mark.write_text(f"{n}")
-                assert os.path.samestat(os.stat(host / name / "lock"), os.fstat(lock))
+                assert os.path.samestat(os.stat(folder / "lock"), os.fstat(lock))
                 assert mark.read_text() == f"{n}"
                 if n % 2:
-                    release(host / name, lock)
+                    release(folder, lock)
                 else:
                     os.close(lock)
         except BaseException as error:  # noqa: BLE001 - shown by the main thread
@@ -179,7 +184,7 @@ def test_starting_and_sweeping_at_once_never_harms_a_party(host: Path) -> None:
     def clean() -> None:
         try:
             while not ended.is_set():
-                sweep(host)
+                sweep(config.host_dir())
         except BaseException as error:  # noqa: BLE001 - shown by the main thread
             errors.append(error)
 
