@@ -45,12 +45,13 @@ def write_sum(path: str, array: Any) -> None:
 
 
 def leave_a_large_argument(path: str, count: int) -> int:
-    Executor().submit(write_sum, path, np.ones(count, np.uint8))
+    """What it leaves behind has a retry, because it may have begun in this very worker when that is killed."""
+    Executor().options(retries=1).submit(write_sum, path, np.ones(count, np.uint8))
     return os.getpid()
 
 
 def put_and_leave(path: str, count: int) -> int:
-    executor = Executor()
+    executor = Executor().options(retries=1)
     executor.submit(write_sum, path, executor.put(np.ones(count, np.uint8)))
     return os.getpid()
 
@@ -101,7 +102,8 @@ def test_a_large_argument_is_not_lost_with_the_worker_once_the_task_has_ended(
     path, count = tmp_path / "sum", 64 * 1024 * 1024
     pid = executor.submit(fn, str(path), count).result(WAIT_S)
     os.kill(pid, signal.SIGKILL)
-    assert wait_until(lambda: runs(path), what="the task that was left behind", timeout_s=30) == [count]
+    sums = wait_until(lambda: runs(path), what="the task that was left behind", timeout_s=30)
+    assert set(sums) == {count}
 
 
 def test_a_task_that_closes_its_client_ends(executor: Executor, tmp_path: Path) -> None:
