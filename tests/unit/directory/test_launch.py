@@ -14,6 +14,7 @@ from endpoint_worker.agent.start import Order
 from gcref.directory import launch
 from gcref.directory.launch import Ready
 from gcref.errors import ConfigError, EndpointLostError
+from tests.support.waiting import wait_until
 
 ID = bytes(range(16))
 
@@ -56,7 +57,8 @@ def test_the_token_reaches_the_agent_by_the_order_alone(monkeypatch: pytest.Monk
     assert "secret" not in repr(order)
     with launch.start_process(subprocess.DEVNULL) as process:
         try:
-            environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+            # A process that has just been started has none for a moment.
+            environment = wait_until(Path(f"/proc/{process.pid}/environ").read_bytes, what="its environment")
         finally:
             process.kill()
     assert b"PATH=" in environment

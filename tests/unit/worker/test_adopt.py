@@ -20,6 +20,7 @@ from endpoint_worker.worker import zygote as zygotes
 from endpoint_worker.worker.remains import Remains
 from endpoint_worker.worker.zygote import Zygote
 from gcref.wire.messages import OK, STORED
+from tests.support.endpoints import is_alive
 from tests.support.waiting import wait_until
 from tests.unit.worker.fake_agent import ADOPT_S, FakeAgent, Result, begun, exists, open_pipe, place, value_of
 from tests.unit.worker.test_runtime import (
@@ -276,6 +277,7 @@ def test_what_died_meanwhile_is_told_with_its_reason(agent: FakeAgent, pipe: str
     before, entry = agent.entry(add, 1), agent.entry(speak_and_wait, pipe)
     agent.tasks([before, entry])
     begun(agent, entry)
+    wait_until((agent.folders[1] / "worker-1.err").read_bytes, what="the task to speak")
     pid = agent.pids[1]
     agent.die()
     os.kill(pid, signal.SIGTERM)
@@ -380,7 +382,7 @@ def test_a_zygote_that_was_killed_has_taken_its_workers_along(agent: FakeAgent, 
     os.kill(agent.zygote.pid, signal.SIGKILL)
     assert Zygote.adopt(*agent.folders) is None
     (one,) = Zygote.remains(*agent.folders)
-    assert not exists(agent.pids[1]) or os.waitpid(agent.zygote.pid, os.WNOHANG)
+    assert not is_alive(agent.pids[1])
     assert (one.pid, one.started) == (0, (entry[0], entry[1], 1))
 
 
