@@ -18,7 +18,7 @@ import pytest
 from gcref import Executor
 from gcref.errors import WalltimeExceededError, WorkerLostError
 from tests.support.deaths import note, runs, wait_forever
-from tests.support.endpoints import host_folder, is_alive, worker_pids
+from tests.support.endpoints import host_folder, worker_pids
 from tests.support.named import NamedEndpoint, running
 from tests.support.tasks import Gate, hold
 from tests.support.waiting import patience, wait_until
@@ -226,3 +226,10 @@ def test_l4_workers_that_nobody_adopts_end_in_time(home: Path, tmp_path: Path) -
             wait_until(lambda: len(list(folder.glob("*.page"))) == 1, what="the dead's page to go")
     finally:
         endpoint.remove()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

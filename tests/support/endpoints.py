@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from endpoint_worker import status
 from gcref.directory import records
 from gcref.directory.records import EndpointRecord
@@ -38,14 +36,6 @@ def used_bytes(*endpoints: str) -> int:
 def worker_pids(endpoint: str) -> set[int]:
     """The processes of its workers that are up."""
     return {worker["pid"] for worker in ask(endpoint)["workers"]}
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process is there, and more than a zombie that nobody has waited for."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def host_folder(endpoint: str) -> Path:
